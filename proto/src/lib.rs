@@ -1,0 +1,1 @@
+//! Wire and disk structures of the Sheepdog protocol.

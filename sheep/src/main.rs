@@ -1,0 +1,3 @@
+//! sheep
+
+fn main() {}

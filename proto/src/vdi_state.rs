@@ -1,6 +1,6 @@
 //! Records of the VDI state table, exchanged when nodes join (spec 05, section 15).
 
-use crate::{MAX_COPIES, NodeId, VdiId, wire};
+use crate::{MAX_COPIES, NodeId, VdiId};
 
 /// `lock_state`: nobody holds the VDI.
 pub const UNLOCKED: u32 = 1;

@@ -295,7 +295,7 @@ impl State {
     }
 
     fn update_table(&mut self, oid: Oid, offset: usize, payload: &[u8]) -> Result<Bytes, ResultCode> {
-        assert!(offset % 4 == 0 && payload.len().is_multiple_of(4), "table entries are whole");
+        assert!(offset.is_multiple_of(4) && payload.len().is_multiple_of(4), "table entries are whole");
         let vid = oid.vid();
         let header = self.used.get(&vid.get()).ok_or(ResultCode::NO_OBJ)?;
         assert!(header.store_policy != STORE_POLICY_BTREE, "an index is not written as a table");

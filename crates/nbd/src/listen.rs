@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use sheepdog_client::frame::Stream;
@@ -74,6 +75,13 @@ pub struct Listener {
     kind: Kind,
 }
 
+/// Whether a path is a socket that nobody listens on.
+async fn is_abandoned(path: &Path) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let refused = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && tokio::net::UnixStream::connect(path).await.is_err_and(refused)
+}
+
 impl Listener {
     /// Listens. A path left behind by a server that is gone is replaced; one that somebody listens on, or that is no
     /// socket, is an error.
@@ -82,14 +90,9 @@ impl Listener {
             ListenAddr::Tcp(host, port) => Kind::Tcp(TcpListener::bind((host.as_str(), *port)).await?),
             ListenAddr::Unix(path) => {
                 let listener = match UnixListener::bind(path) {
-                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-                        match tokio::net::UnixStream::connect(path).await {
-                            Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
-                                std::fs::remove_file(path)?;
-                                UnixListener::bind(path)?
-                            }
-                            _ => return Err(e),
-                        }
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_abandoned(path).await => {
+                        std::fs::remove_file(path)?;
+                        UnixListener::bind(path)?
                     }
                     other => other?,
                 };

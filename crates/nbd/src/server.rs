@@ -44,6 +44,11 @@ impl Default for Limits {
     }
 }
 
+/// Waits until the server stops; a server that is gone has stopped.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await.map(drop);
+}
+
 /// An NBD server; clones are the same server.
 #[derive(Clone)]
 pub struct Server {
@@ -78,7 +83,7 @@ impl Server {
                     Ok(permit) => permit,
                     Err(_) => return Ok(()), // closed: shutting down
                 },
-                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+                () = stopped(&mut stop) => return Ok(()),
             };
             tokio::select! {
                 accepted = listener.accept() => match accepted {
@@ -88,7 +93,7 @@ impl Server {
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
-                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+                () = stopped(&mut stop) => return Ok(()),
             }
         }
     }
@@ -129,7 +134,7 @@ impl Shared {
             outcome = tokio::time::timeout(self.limits.handshake, handshake) => {
                 outcome.unwrap_or(Err(HandshakeError::Protocol("the handshake took too long")))
             }
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = stopped(&mut stop) => return,
         };
         let negotiated = match negotiated {
             Ok(Some(negotiated)) => negotiated,

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::execute::{Command, execute};
 use crate::output::{Output, Reply, Request};
 use crate::proto::{Context, EXTENDED_REQUEST_MAGIC, MAX_REQUEST, Mode, REQUEST_MAGIC, cmd, cmd_flag};
-use crate::server::Limits;
+use crate::server::{Limits, stopped};
 use crate::socket::{Input, WriteHalf};
 
 /// What a request costs of the byte budget besides its payload.
@@ -222,7 +222,7 @@ pub(crate) async fn run(session: Session) -> Result<(), SessionError> {
         received_at: Instant::now(),
         unsent_since: None,
     };
-    let stopped = async move { drop(stop.wait_for(|stop| *stop).await) };
+    let stopped = async move { stopped(&mut stop).await };
     let outcome = connection.serve(stopped).await;
     while connection.running.next().await.is_some() {}
     outcome

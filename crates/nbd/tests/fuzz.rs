@@ -89,6 +89,7 @@ async fn play(bytes: Vec<u8>) {
     let mut sink = Vec::new();
     let _ = read.read_to_end(&mut sink).await;
     sender.await.unwrap();
+    client.task.await.expect("the server panicked");
     world.until_idle().await;
     let mut next = world.connected(Mode::Simple, "v").await;
     next.write(3 * BLOCK + 9, b"alive").await;

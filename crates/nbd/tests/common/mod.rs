@@ -69,8 +69,8 @@ impl World {
     pub fn raw(&self) -> Client {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let server = self.server.clone();
-        tokio::spawn(async move { server.handle(Stream::Unix(theirs), "test").await });
-        Client { socket: ours, mode: Mode::Simple, next: 1 }
+        let task = tokio::spawn(async move { server.handle(Stream::Unix(theirs), "test").await });
+        Client { socket: ours, mode: Mode::Simple, next: 1, task }
     }
 
     pub async fn connected(&self, mode: Mode, name: &str) -> Client {
@@ -103,6 +103,8 @@ pub struct Client {
     pub socket: UnixStream,
     pub mode: Mode,
     next: u64,
+    /// The server's side.
+    pub task: tokio::task::JoinHandle<()>,
 }
 
 pub fn meta(name: &str, queries: &[&str]) -> Vec<u8> {

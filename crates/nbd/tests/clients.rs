@@ -1,6 +1,8 @@
 //! Stock clients against the server: qemu-img, qemu-io, nbdinfo, nbdcopy, fio. What is not installed is left out, with
 //! a note.
 
+#![allow(clippy::unwrap_used)] // tests may panic
+
 mod common;
 
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! A server over an in-memory sheep, and a client that speaks NBD byte by byte.
 
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code, clippy::unwrap_used)] // each test file uses its part; tests may panic
 
 use std::sync::Arc;
 

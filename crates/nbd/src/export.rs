@@ -257,7 +257,12 @@ impl ExportSource for VdiExports {
     }
 
     fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, ExportError>> {
-        Box::pin(self.shared.open(name))
+        // In a task of its own: a lock taken for a client that gave up meanwhile must be given back.
+        let (shared, name) = (self.shared.clone(), name.to_owned());
+        Box::pin(async move {
+            let opening = tokio::spawn(async move { shared.open(&name).await });
+            opening.await.unwrap_or_else(|error| Err(ExportError::Failed(error.to_string())))
+        })
     }
 }
 

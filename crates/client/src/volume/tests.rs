@@ -8,6 +8,8 @@ use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 
 use super::*;
 use crate::fake::{FakeSheep, service, stored_table};
+use crate::frame::Stream;
+use crate::reconnect::{Reconnect, ReconnectOptions};
 use crate::service::CallFuture;
 use crate::vdi::{self, NewVdi};
 
@@ -371,6 +373,48 @@ async fn listing_shows_working_vdis_and_snapshots() {
     let found = vdi::lookup(&*sheep, "v", Some(&SnapshotRef::Id(1))).await.unwrap();
     assert_eq!(found.vid, volume.vid());
     assert!(vdi::lookup(&*sheep, "", None).await.is_err());
+}
+
+#[tokio::test]
+async fn a_volume_survives_connections_that_break_again_and_again() {
+    let sheep = Arc::new(FakeSheep::new());
+    vdi::create(&*sheep, "v", &NewVdi { size: 4 * BLOCK, ..NewVdi::default() }).await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().into();
+    let connections = Arc::new(AtomicU32::new(0));
+    let (server, count) = (sheep.clone(), connections.clone());
+    let accepting = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            count.fetch_add(1, Ordering::Relaxed);
+            let answers = 10 + 7 * count.load(Ordering::Relaxed) as usize % 23;
+            let _ = crate::fake::serve(server.clone(), Stream::Tcp(stream), answers).await;
+        }
+    });
+    let options = ReconnectOptions { backoff: std::time::Duration::from_millis(1), give_up_after: None };
+    let service = Arc::new(Reconnect::new(addr, options));
+    let volume = Volume::open(service, "v", None, OpenOptions::default()).await.unwrap();
+    let writes = (0..512u64).map(|i| volume.write(i * 8192, filled(i as u8, 8192), false));
+    for result in futures_util::future::join_all(writes).await {
+        result.unwrap();
+    }
+    let data = volume.read_bytes(0, 4 * BLOCK as usize).await.unwrap();
+    assert!(data.chunks(8192).enumerate().all(|(i, chunk)| chunk.iter().all(|b| *b == i as u8)));
+    assert!(connections.load(Ordering::Relaxed) > 10);
+    accepting.abort();
+}
+
+#[tokio::test]
+async fn a_lock_is_waited_for_while_the_sheep_collects_lock_state() {
+    let sheep = Arc::new(FakeSheep::new().with_locks());
+    volume_of(&sheep, BLOCK).await.close().await.unwrap();
+    let left = AtomicU32::new(2);
+    sheep.set_fault(move |r| {
+        let busy = r.opcode == Opcode::LOCK_VDI
+            && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
+        busy.then_some(ResultCode::COLLECTING_CINFO)
+    });
+    open(&sheep).await;
 }
 
 /// What happens between two checks.

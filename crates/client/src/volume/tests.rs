@@ -362,6 +362,41 @@ async fn a_hypervolume_keeps_its_blocks_across_reopening_and_frees_discarded_one
 }
 
 #[tokio::test]
+async fn a_hypervolume_whose_root_overflows_gets_leaves() {
+    const FULL: u32 = sheepdog_proto::btree::MAX_LEAF_ENTRIES as u32;
+    let sheep = Arc::new(FakeSheep::new());
+    let new = NewVdi {
+        size: 1 << 50,
+        store_policy: STORE_POLICY_BTREE,
+        block_size_shift: 22,
+        ..NewVdi::default()
+    };
+    let vid = vdi::create(&*sheep, "v", &new).await.unwrap();
+    // A root leaf that holds every second block.
+    let entries = (0..FULL).map(|i| sheepdog_proto::btree::LeafEntry { idx: 2 * i, vdi_id: vid.get() });
+    let root = sheepdog_proto::btree::BtreeNode::Leaf(entries.collect()).encode();
+    let header = vdi::read_header(&*sheep, vid).await.unwrap();
+    let inode = [&header.to_bytes()[..], &root].concat();
+    vdi::write_object(&*sheep, Oid::inode(vid), 0, inode.into()).await.unwrap();
+
+    let volume = open(&sheep).await;
+    let block = volume.block_size();
+    let places = [7u64, 2 * u64::from(FULL) + 5, u64::from(FULL) * 3];
+    for (i, idx) in places.iter().enumerate() {
+        volume.write(idx * block + 9, filled(i as u8 + 1, 512), false).await.unwrap();
+    }
+    let volume = open(&sheep).await;
+    assert_eq!(volume.header().btree_counter, 2);
+    for (i, idx) in places.iter().enumerate() {
+        assert_eq!(volume.read_bytes(idx * block + 9, 512).await.unwrap(), filled(i as u8 + 1, 512));
+    }
+    let extents = volume.extents(6 * block, 4 * block).await.unwrap();
+    assert_eq!(extents, [(3 * block, Extent::Own), (block, Extent::Hole)]);
+    let last = 2 * (u64::from(FULL) - 1);
+    assert_eq!(volume.extents(last * block, block).await.unwrap(), [(block, Extent::Own)]);
+}
+
+#[tokio::test]
 async fn listing_shows_working_vdis_and_snapshots() {
     let sheep = Arc::new(FakeSheep::new());
     let volume = volume_of(&sheep, BLOCK).await;
@@ -530,8 +565,14 @@ async fn run_scenario(steps: Vec<(Step, bool)>, seed: u64) {
     check_nothing_leaked(&sheep).await;
 }
 
+/// Few cases unless PROPTEST_CASES asks for more.
+fn cases(few: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok());
+    ProptestConfig { cases: asked.unwrap_or(few), ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(cases(48))]
     #[test]
     fn a_volume_behaves_like_memory_and_snapshots_do_not_change(steps in steps(), seed in 1u64..) {
         tokio::runtime::Builder::new_current_thread()

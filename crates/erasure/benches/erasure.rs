@@ -1,7 +1,7 @@
 //! Throughput of the coder, in bytes of client data (for updates: of the changed strip), against the encoder of the
 //! `reed-solomon-erasure` crate with its SIMD code. That crate's parity bytes are another code's; only the work is equal.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_main};
 use reed_solomon_erasure::galois_8::ReedSolomon;
 use sheepdog_erasure::{Code, STRIPE, kernel_name};
 use std::hint::black_box;
@@ -72,5 +72,8 @@ fn all(c: &mut Criterion) {
     policy(c, 8, 4);
 }
 
-criterion_group!(benches, all);
-criterion_main!(benches);
+mod benches {
+    #![allow(missing_docs, reason = "the macro makes a public function without documentation")]
+    criterion::criterion_group!(benches, super::all);
+}
+criterion_main!(benches::benches);

@@ -29,12 +29,12 @@ impl Code {
 
     /// The coder for a policy byte: `d / 2` in the high nibble, `p` in the low one (spec 02, 11.1).
     pub fn from_policy(policy: u8) -> Result<Self, Error> {
-        Self::new(policy >> 4 << 1, policy & 15).map_err(|_| Error::InvalidPolicy(policy))
+        Self::new((policy >> 4) << 1, policy & 15).map_err(|_| Error::InvalidPolicy(policy))
     }
 
     /// The policy byte.
     pub fn policy(&self) -> u8 {
-        self.data / 2 << 4 | self.parity
+        ((self.data / 2) << 4) | self.parity
     }
 
     /// Number of data strips.

@@ -69,7 +69,7 @@ fn wrong_shapes_are_refused_and_nothing_is_written() {
 #[test]
 fn a_shorter_list_of_strips_leaves_the_last_parity_out() {
     let code = Code::new(4, 2).expect("valid");
-    let object: Vec<u8> = (0..1024u32).map(|i| (i * 7 >> 2) as u8).collect();
+    let object: Vec<u8> = (0..1024u32).map(|i| ((i * 7) >> 2) as u8).collect();
     let all = encode(code, &object);
     for count in 4..=6 {
         let mut strips = vec![vec![0; 256]; count];

@@ -1,0 +1,318 @@
+//! Request and response headers and the views of their unions (spec 01, section 3).
+
+use crate::{ClusterFlags, Epoch, Flags, HEADER_LEN, NodeId, Oid, Opcode, ResultCode, VdiId};
+
+wire! {
+    /// A request header: 16 common bytes and a 32-byte union, read through one of the views ([`Request::obj`], ...).
+    Request [48] {
+        /// `proto_ver`.
+        0 => version: u8,
+        /// What to do.
+        1 => opcode: Opcode,
+        /// How.
+        2 => flags: Flags,
+        /// Meaningful in peer operations only.
+        4 => epoch: Epoch,
+        /// The client's, echoed.
+        8 => id: u32,
+        /// Bytes of payload with WRITE, capacity for the answer without.
+        12 => data_length: u32,
+        /// The union.
+        16 => body: [u8; 32],
+    }
+}
+
+wire! {
+    /// Object operations.
+    ObjRequest [32] {
+        /// The object.
+        0 => oid: Oid,
+        /// Source of a copy-on-write create.
+        8 => cow_oid: Oid,
+        /// Copies; 0 = look up.
+        16 => copies: u8,
+        /// Policy byte; 0 = look up.
+        17 => copy_policy: u8,
+        /// Strip index of a peer operation.
+        18 => ec_index: u8,
+        /// Epoch whose version is wanted (recovery, GET_EPOCH, GET_HASH, COMPLETE_RECOVERY).
+        20 => tgt_epoch: Epoch,
+        /// Byte offset inside the object.
+        24 => offset: u32,
+    }
+}
+
+wire! {
+    /// VDI operations.
+    VdiRequest [32] {
+        /// Size in bytes.
+        0 => vdi_size: u64,
+        /// NEW_VDI: parent; RELEASE_VDI: the vid to release.
+        8 => base_vdi_id: VdiId,
+        /// Copies; 0 = cluster default copies and policy.
+        12 => copies: u8,
+        /// Policy byte.
+        13 => copy_policy: u8,
+        /// 0 flat table, 1 B-tree.
+        14 => store_policy: u8,
+        /// log2 of the block size; 0 = cluster default.
+        15 => block_size_shift: u8,
+        /// Snapshot id.
+        16 => snapid: u32,
+        /// Lock type: 0 normal, 1 shared.
+        20 => lock_type: u32,
+    }
+}
+
+wire! {
+    /// MAKE_FS, STAT_CLUSTER, ALTER_CLUSTER_COPY.
+    ClusterRequest [32] {
+        /// Creation time: seconds << 32 | nanoseconds.
+        8 => ctime: u64,
+        /// Default copies.
+        16 => copies: u8,
+        /// Default policy byte.
+        17 => copy_policy: u8,
+        /// Cluster flags.
+        18 => flags: ClusterFlags,
+        /// STAT_CLUSTER: node slots per record.
+        24 => nodes_nr: u32,
+        /// log2 of the default block size.
+        28 => block_size_shift: u8,
+    }
+}
+
+wire! {
+    /// NOTIFY_VDI_ADD, ALTER_VDI_COPY.
+    VdiStateRequest [32] {
+        /// The VDI that becomes a snapshot; 0 = none.
+        0 => old_vid: VdiId,
+        /// The VDI announced or altered.
+        4 => new_vid: VdiId,
+        /// Its copies.
+        8 => copies: u8,
+        /// Non-zero: set the in-use bit.
+        9 => set_bitmap: u8,
+        /// Its policy byte.
+        10 => copy_policy: u8,
+        /// Its block size.
+        11 => block_size_shift: u8,
+    }
+}
+
+wire! {
+    /// DECREF_OBJ, DECREF_PEER.
+    RefRequest [32] {
+        /// The ledger object.
+        0 => oid: Oid,
+        /// Generation of the dropped reference.
+        8 => generation: u32,
+        /// Copies made of it.
+        12 => count: u32,
+    }
+}
+
+wire! {
+    /// REPAIR_REPLICA.
+    ForwardRequest [32] {
+        /// The object.
+        0 => oid: Oid,
+        /// Address of the node to copy from.
+        8 => addr: [u8; 16],
+        /// Its port.
+        24 => port: u16,
+    }
+}
+
+wire! {
+    /// VDI_STATE_CHECKPOINT_CTL.
+    CheckpointRequest [32] {
+        /// 1 get, 0 free.
+        0 => get: u32,
+        /// The checkpoint's epoch.
+        4 => tgt_epoch: Epoch,
+        /// The VDI.
+        8 => vid: VdiId,
+    }
+}
+
+wire! {
+    /// INODE_COHERENCE.
+    CoherenceRequest [32] {
+        /// The VDI.
+        0 => vid: VdiId,
+        /// 1 validate, 0 invalidate.
+        4 => validate: u32,
+    }
+}
+
+macro_rules! views {
+    ($($get:ident, $set:ident, $ty:ident, $doc:literal;)*) => {$(
+        #[doc = concat!("The union as ", $doc, ".")]
+        pub fn $get(&self) -> $ty {
+            $ty::from_bytes(&self.body)
+        }
+
+        #[doc = concat!("With the union set as ", $doc, ".")]
+        pub fn $set(mut self, body: $ty) -> Self {
+            self.body = body.to_bytes();
+            self
+        }
+    )*};
+}
+
+impl Request {
+    /// A request with the opcode's protocol version and everything else zero.
+    pub fn new(opcode: Opcode) -> Request {
+        Request { version: opcode.version(), opcode, ..Request::zeroed() }
+    }
+
+    /// With `flags` added.
+    pub fn flag(mut self, flags: Flags) -> Request {
+        self.flags = self.flags.with(flags);
+        self
+    }
+
+    /// With the given payload length or reply capacity.
+    pub fn length(mut self, data_length: usize) -> Request {
+        self.data_length = u32::try_from(data_length).unwrap_or(u32::MAX);
+        self
+    }
+
+    /// With the given epoch.
+    pub fn epoch(mut self, epoch: Epoch) -> Request {
+        self.epoch = epoch;
+        self
+    }
+
+    /// Whether a payload follows the header on the wire.
+    pub fn has_payload(&self) -> bool {
+        self.flags.contains(Flags::WRITE) && self.data_length > 0
+    }
+
+    /// Most bytes that the answer may carry (spec 01, section 4).
+    pub fn reply_capacity(&self) -> usize {
+        if self.flags.contains(Flags::WRITE) && !self.flags.contains(Flags::PIGGYBACK) {
+            0
+        } else {
+            self.data_length as usize
+        }
+    }
+
+    views! {
+        obj, with_obj, ObjRequest, "an object operation";
+        vdi, with_vdi, VdiRequest, "a VDI operation";
+        cluster, with_cluster, ClusterRequest, "a cluster operation";
+        vdi_state, with_vdi_state, VdiStateRequest, "a VDI state notification";
+        reference, with_reference, RefRequest, "a reference drop";
+        forward, with_forward, ForwardRequest, "a replica repair";
+        checkpoint, with_checkpoint, CheckpointRequest, "a checkpoint request";
+        coherence, with_coherence, CoherenceRequest, "an inode coherence change";
+    }
+}
+
+wire! {
+    /// A response header. `body` is the union behind `result`, read through one of the views.
+    Response [48] {
+        /// Always 0.
+        0 => version: u8,
+        /// The request's.
+        1 => opcode: Opcode,
+        /// Always 0.
+        2 => flags: Flags,
+        /// The responder's current epoch.
+        4 => epoch: Epoch,
+        /// The request's.
+        8 => id: u32,
+        /// Bytes of payload that follow.
+        12 => data_length: u32,
+        /// Outcome.
+        16 => result: ResultCode,
+        /// The rest of the union.
+        20 => body: [u8; 28],
+    }
+}
+
+wire! {
+    /// NEW_VDI, LOCK_VDI, GET_VDI_INFO, DEL_VDI, GET_VDI_ATTR.
+    VdiResponse [28] {
+        /// The VDI.
+        4 => vdi_id: VdiId,
+        /// GET_VDI_ATTR: the attribute's id.
+        8 => attr_id: u32,
+        /// Its copies.
+        12 => copies: u8,
+        /// Its block size.
+        13 => block_size_shift: u8,
+    }
+}
+
+wire! {
+    /// STAT_SHEEP, GET_NODE_LIST.
+    NodeResponse [28] {
+        /// Nodes in the list.
+        0 => nr_nodes: u32,
+        /// Bytes of the store.
+        12 => store_size: u64,
+        /// Bytes free.
+        20 => store_free: u64,
+    }
+}
+
+wire! {
+    /// GET_HASH.
+    HashResponse [28] {
+        /// SHA-1 of the object.
+        4 => digest: [u8; 20],
+    }
+}
+
+wire! {
+    /// GET_CLUSTER_DEFAULT.
+    ClusterDefaultResponse [28] {
+        /// Default copies.
+        0 => nr_copies: u8,
+        /// Default policy byte.
+        1 => copy_policy: u8,
+        /// Default block size.
+        2 => block_size_shift: u8,
+    }
+}
+
+macro_rules! response_views {
+    ($($get:ident, $set:ident, $ty:ident, $doc:literal;)*) => {$(
+        #[doc = concat!("The union as ", $doc, ".")]
+        pub fn $get(&self) -> $ty {
+            $ty::from_bytes(&self.body)
+        }
+
+        #[doc = concat!("With the union set as ", $doc, ".")]
+        pub fn $set(mut self, body: $ty) -> Self {
+            self.body = body.to_bytes();
+            self
+        }
+    )*};
+}
+
+impl Response {
+    /// The answer to `request` with `result`; epoch and payload length are filled in when it is sent.
+    pub fn to(request: &Request, result: ResultCode) -> Response {
+        Response { opcode: request.opcode, id: request.id, result, ..Response::zeroed() }
+    }
+
+    response_views! {
+        vdi, with_vdi, VdiResponse, "that of a VDI operation";
+        node, with_node, NodeResponse, "that of a node operation";
+        hash, with_hash, HashResponse, "that of GET_HASH";
+        cluster_default, with_cluster_default, ClusterDefaultResponse, "that of GET_CLUSTER_DEFAULT";
+    }
+}
+
+const _: () = assert!(Request::LEN == HEADER_LEN && Response::LEN == HEADER_LEN);
+
+impl ForwardRequest {
+    /// The node to copy from, as far as identity goes.
+    pub fn node(&self) -> NodeId {
+        NodeId { addr: self.addr, port: self.port, ..NodeId::zeroed() }
+    }
+}

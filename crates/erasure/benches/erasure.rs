@@ -20,6 +20,15 @@ fn slices_mut(strips: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
     strips.iter_mut().map(Vec::as_mut_slice).collect()
 }
 
+fn split(object: &[u8], strips: &mut [&mut [u8]]) {
+    let size = STRIPE / strips.len();
+    for (stripe, bytes) in object.chunks_exact(STRIPE).enumerate() {
+        for (strip, bytes) in strips.iter_mut().zip(bytes.chunks_exact(size)) {
+            strip[stripe * size..(stripe + 1) * size].copy_from_slice(bytes);
+        }
+    }
+}
+
 fn policy(c: &mut Criterion, d: usize, p: usize) {
     let code = Code::new(d as u8, p as u8).expect("valid policy");
     let other = ReedSolomon::new(d, p).expect("valid shape");
@@ -43,6 +52,12 @@ fn policy(c: &mut Criterion, d: usize, p: usize) {
         let mut list = slices_mut(&mut strips);
         group.bench_function(BenchmarkId::new("split and encode", len), |b| {
             b.iter(|| code.encode_stripes(black_box(&object), black_box(&mut list)).expect("lengths fit"));
+        });
+        group.bench_function(BenchmarkId::new("split, then encode, reed-solomon-erasure", len), |b| {
+            b.iter(|| {
+                split(black_box(&object), &mut list[..d]);
+                other.encode(black_box(&mut list)).expect("lengths fit");
+            });
         });
         let strips = slices(&strips);
         let mut joined = vec![0; object.len()];

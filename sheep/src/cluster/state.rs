@@ -484,6 +484,14 @@ impl State {
         Ok(vec![Action::SaveConfig, Action::Publish])
     }
 
+    /// A round in the present epoch: redundancy or disks changed.
+    pub fn same_epoch_round(&self) -> Vec<Action> {
+        let epoch = self.epoch();
+        let round =
+            Round { epoch, tgt_epoch: epoch, old: self.members.clone(), announce: false, wildcard: false };
+        vec![Action::StashMoved(epoch), Action::Publish, Action::Recover(round)]
+    }
+
     /// ENABLE_RECOVER, DISABLE_RECOVER.
     pub fn set_recovery_disabled(&mut self, disabled: bool) -> Vec<Action> {
         self.info.header.disable_recovery = disabled.into();

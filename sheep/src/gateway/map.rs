@@ -118,3 +118,10 @@ pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
         }
     }
 }
+
+impl super::Gateway {
+    /// Keeps table updates of `vid` out until the value is dropped, and waits for those in progress here.
+    pub async fn map_barrier(&self, vid: VdiId) -> crate::order::Turn {
+        self.maps.turn(Oid::inode(vid), 0..1, true).await
+    }
+}

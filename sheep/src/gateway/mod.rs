@@ -182,3 +182,10 @@ async fn copy_on_write(
     sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
 }
 
+
+impl Gateway {
+    /// Keeps this gateway's requests to `oid` waiting until the value is dropped.
+    pub async fn hold(&self, oid: Oid) -> crate::order::Turn {
+        self.order.turn(oid, 0..u64::MAX, true).await
+    }
+}

@@ -54,7 +54,7 @@ pub async fn call(sheep: &Arc<Sheep>, node: NodeId, request: Request, payload: B
 
 fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Vec<NodeId>, Failure> {
     let oid = request.obj().oid;
-    let mut nodes: Vec<NodeId> = view.homes(oid, copies).iter().map(|i| view.members()[i].nid).collect();
+    let mut nodes: Vec<NodeId> = view.ring.nodes_of(oid, copies.into()).map(|n| n.nid).collect();
     if nodes.is_empty() {
         return Err(Failure::from(ResultCode::WAIT_FOR_JOIN));
     }

@@ -4,11 +4,12 @@
 //! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
 use sheepdog_proto::vdi_state::{self, VdiState};
-use sheepdog_proto::{CopyPolicy, NR_VDIS, VDI_BITMAP_LEN, VdiId};
+use sheepdog_proto::{CopyPolicy, Epoch, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId};
 
 use super::locks::Lock;
 
@@ -99,7 +100,14 @@ struct Tables {
 /// See the module's documentation.
 pub struct VdiTable {
     tables: RwLock<Tables>,
+    /// Copies of the table for nodes that join (spec 05, section 18), by epoch.
+    checkpoints: Mutex<BTreeMap<Epoch, Vec<VdiState>>>,
+    /// This node is still learning lock states.
+    collecting: AtomicBool,
 }
+
+/// Checkpoints kept at most; older ones are of joiners that never came back for them.
+const MAX_CHECKPOINTS: usize = 8;
 
 /// Where a name's VDIs are and which id a new one takes (spec 05, section 2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +127,8 @@ impl Default for VdiTable {
                 entries: BTreeMap::new(),
                 phantoms: BTreeSet::new(),
             }),
+            checkpoints: Mutex::default(),
+            collecting: AtomicBool::new(false),
         }
     }
 }
@@ -319,6 +329,39 @@ impl VdiTable {
         let t = self.tables.read();
         let told = t.entries.iter().filter(|(vid, _)| !t.phantoms.contains(vid));
         told.map(|(vid, entry)| entry.record(*vid)).collect()
+    }
+
+    /// Keeps a copy of the table for a node that joins at `epoch` + 1.
+    pub fn take_checkpoint(&self, epoch: Epoch) {
+        let records = self.records();
+        let mut checkpoints = self.checkpoints.lock();
+        checkpoints.entry(epoch).or_insert(records);
+        while checkpoints.len() > MAX_CHECKPOINTS {
+            checkpoints.pop_first();
+        }
+    }
+
+    /// Forgets a checkpoint, if there is one.
+    pub fn free_checkpoint(&self, epoch: Epoch) {
+        self.checkpoints.lock().remove(&epoch);
+    }
+
+    /// A VDI's record in a checkpoint.
+    pub fn checkpoint_record(&self, epoch: Epoch, vid: VdiId) -> Result<VdiState, ResultCode> {
+        let checkpoints = self.checkpoints.lock();
+        let records = checkpoints.get(&epoch).ok_or(ResultCode::AGAIN)?;
+        let record = records.iter().find(|r| r.vid == vid).ok_or(ResultCode::NO_CHECKPOINT_ENTRY)?;
+        Ok(VdiState { parent_vid: VdiId::NONE, ..*record })
+    }
+
+    /// Whether lock states are still being learned.
+    pub fn is_collecting(&self) -> bool {
+        self.collecting.load(Ordering::Acquire)
+    }
+
+    /// Says whether lock states are still being learned.
+    pub fn set_collecting(&self, collecting: bool) {
+        self.collecting.store(collecting, Ordering::Release);
     }
 
     /// Probe range of a name (spec 05, section 2).

@@ -11,4 +11,4 @@ mod select;
 
 pub use contract::{Answer, BoxFuture, Driver, DriverError, Event};
 pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, block_event_signal};
-pub use select::{DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
+pub use select::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};

@@ -11,6 +11,9 @@ use crate::{Driver, DriverError, Event};
 /// All driver names in the order in which version and error texts print them.
 pub const DRIVER_NAMES: [&str; 3] = ["zookeeper", "corosync", "local"];
 
+/// The drivers this version contains, in the same order.
+pub const BUILT_DRIVER_NAMES: [&str; 1] = ["local"];
+
 /// The driver used without `-c`: the original prefers corosync where it is built in, else local.
 pub const DEFAULT_DRIVER: &str = "local";
 

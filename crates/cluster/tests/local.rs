@@ -302,6 +302,18 @@ fn the_blocks_of_a_dead_member_do_not_stall_the_others() {
         }
     };
     cluster.wait(first, "leave 127.0.0.1:7001 ");
+    // Sheep of the original look at the void mark alone, and would wait for ever for the second and third.
+    let file = std::fs::File::open(cluster.path()).expect("queue file");
+    let mut voided = 0;
+    for slot in 1..=5 {
+        let mut head = [0; 112];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut head, 8 + slot * 221_304).expect("event head");
+        let pid = u32::from_le_bytes(head[88..92].try_into().expect("four bytes"));
+        let removed = head[97] == 1;
+        assert_eq!(removed, pid == dead.id(), "slot {slot}");
+        voided += u32::from(removed);
+    }
+    assert_eq!(voided, 3);
     cluster.send(first, "unblock done");
     cluster.wait(7002 + 7003 - first, "granted");
     dead.wait().expect("wait");

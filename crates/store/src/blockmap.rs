@@ -135,3 +135,83 @@ impl Bits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const KB4: u64 = BLOCK;
+
+    #[test]
+    fn only_whole_written_blocks_of_ordinary_extents_are_mapped() {
+        let extents = [
+            Extent::new(0, 2 * KB4, 0),
+            Extent::new(2 * KB4, KB4, EXTENT_UNWRITTEN),
+            Extent::new(3 * KB4, KB4 / 2, 0),
+            Extent::new(5 * KB4, KB4, 0x0004), // delayed allocation
+            Extent::new(6 * KB4, KB4, 0x0002), // unknown
+            Extent::new(7 * KB4, KB4, EXTENT_MERGED),
+            Extent::new(8 * KB4, 100 * KB4, EXTENT_LAST), // allocated past the end of the file
+        ];
+        let map = BlockMap::from_extents(9 * KB4 + 10, &extents);
+        assert_eq!(map.mapped_blocks(), [0, 1, 7, 8, 9]);
+        assert!(map.is_mapped(8 * KB4..9 * KB4 + 10), "the partial last block");
+        assert!(!map.is_mapped(8 * KB4..9 * KB4 + 11), "a write that makes the file longer");
+        assert!(!map.is_mapped(KB4..2 * KB4 + 1) && !map.is_mapped(3 * KB4..3 * KB4 + 1));
+        // Zero-filling may cover the unwritten block and the hole, nothing else.
+        assert_eq!(map.round_out(3 * KB4..4 * KB4, 16 * KB4), 2 * KB4..5 * KB4);
+    }
+
+    #[test]
+    fn a_started_write_is_not_overwritten_with_zeros_and_a_failed_one_not_believed() {
+        let mut map = BlockMap::from_extents(16 * KB4, &[]);
+        assert_eq!(map.round_out(4 * KB4..5 * KB4, 16 * KB4), 0..16 * KB4);
+        map.begin_write(8 * KB4..9 * KB4);
+        assert_eq!(map.round_out(4 * KB4..5 * KB4, 16 * KB4), 0..8 * KB4);
+        assert!(!map.is_mapped(8 * KB4..9 * KB4));
+        map.commit(8 * KB4..9 * KB4);
+        assert!(map.is_mapped(8 * KB4..9 * KB4));
+        map.begin_punch(8 * KB4..8 * KB4 + 1);
+        assert!(!map.is_mapped(8 * KB4..9 * KB4));
+    }
+
+    proptest! {
+        /// Against a plain model: per block, whether it is surely mapped and whether it surely reads as zero.
+        #[test]
+        fn follows_a_model(ops in proptest::collection::vec((0u8..4, 0u64..60, 1u64..20, 0u64..4096), 1..40)) {
+            let size = 64 * KB4;
+            let mut map = BlockMap::from_extents(size, &[]);
+            let (mut mapped, mut zero) = (vec![false; 64], vec![true; 64]);
+            for (op, first, blocks, shift) in ops {
+                let start = first * KB4 + shift;
+                let end = (start + blocks * KB4).min(size);
+                let touched = (start / KB4) as usize..end.div_ceil(KB4) as usize;
+                match op {
+                    0 | 1 => {
+                        map.begin_write(start..end);
+                        zero[touched.clone()].fill(false);
+                        if op == 1 {
+                            map.commit(start..end);
+                            mapped[touched].fill(true);
+                        }
+                    }
+                    2 => {
+                        map.begin_punch(start..end);
+                        mapped[touched.clone()].fill(false);
+                        zero[touched].fill(false);
+                    }
+                    _ => {
+                        prop_assert_eq!(map.is_mapped(start..end), mapped[touched.clone()].iter().all(|b| *b));
+                        let inner = touched.start as u64 * KB4..touched.end as u64 * KB4;
+                        let outer = map.round_out(inner.clone(), 16 * KB4);
+                        prop_assert!(outer.start <= inner.start && outer.end >= inner.end && outer.end <= size);
+                        for b in (outer.start / KB4..inner.start / KB4).chain(inner.end / KB4..outer.end / KB4) {
+                            prop_assert!(zero[b as usize], "block {} would be overwritten", b);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

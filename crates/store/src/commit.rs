@@ -17,6 +17,7 @@ use sheepdog_buffer::{PAGE, PageBuf, zeros};
 use crate::Result;
 use crate::disk::Disk;
 use crate::error::StoreError;
+use crate::name::Replica;
 use crate::object::OpenObject;
 use crate::queue::{Job, Task, Write};
 use crate::sched::Claim;
@@ -55,7 +56,7 @@ pub(crate) fn write_now(inner: &Arc<Inner>, disk: &Arc<Disk>, write: &Write) -> 
     let fault = |e: &io::Error| inner.fault(disk, write.replica.oid, e);
     let plan = Plan::new(inner, disk, write, 1).map_err(|e| e.into_error(fault))?;
     plan.write().map_err(|e| fault(&e))?;
-    plan.count_used(disk);
+    plan.account(inner, disk, write.replica);
     Ok(())
 }
 
@@ -92,14 +93,12 @@ struct Plan {
     direct: bool,
     /// A device flush is enough to make it durable.
     shared: bool,
-    /// Allocated bytes before, for files whose allocation may shrink.
-    allocated: Option<i64>,
 }
 
 impl Plan {
     fn new(inner: &Inner, disk: &Disk, write: &Write, batch: usize) -> std::result::Result<Plan, Unready> {
         let replica = write.replica;
-        let object = inner.files.open(replica, || disk.file(replica).into())?;
+        let object = inner.files.open(replica, disk.id, || disk.file(replica).into())?;
         if let Some(hook) = &inner.options.write_hook {
             hook.before_write(replica, false, write.offset, &write.data).map_err(Unready::Hook)?;
         }
@@ -107,7 +106,6 @@ impl Plan {
         let keep = if sparse { trim_zeros(write.offset, &write.data) } else { 0..write.data.len() };
         let bytes = write.offset + keep.start as u64..write.offset + keep.end as u64;
         let punched = keep.len() < write.data.len();
-        let allocated = sparse.then(|| allocated(&object.file));
         if punched {
             punch_ends(&object, write, &bytes)?;
         }
@@ -118,7 +116,6 @@ impl Plan {
             len: bytes.end - bytes.start,
             direct: false,
             shared: false,
-            allocated,
         };
         if inner.durable() {
             plan.look_up(disk, bytes, write.rounded && !sparse, punched)?;
@@ -181,16 +178,14 @@ impl Plan {
         if self.parts.is_empty() { Ok(()) } else { rw::write_all(self.file(), &self.parts, self.at) }
     }
 
-    /// Notes a change of the allocation of a sparse file.
-    fn count_used(&self, disk: &Disk) {
-        if let Some(before) = self.allocated {
-            disk.add_used(allocated(&self.object.file) - before);
+    /// Accounts what is allocated to the file now, where the write may have changed it.
+    fn account(&self, inner: &Inner, disk: &Disk, replica: Replica) {
+        let preallocated = !inner.durable() && !replica.oid.is_sparse();
+        if !self.shared && !preallocated {
+            let bytes = self.object.file.metadata().map_or(0, |m| m.blocks() * 512);
+            inner.index.account(replica, disk.id, bytes);
         }
     }
-}
-
-fn allocated(file: &File) -> i64 {
-    file.metadata().map_or(0, |m| m.blocks() as i64 * 512)
 }
 
 /// Up to 64 KiB of page-aligned zeros.
@@ -269,7 +264,7 @@ impl Slot {
         let mut result = match plan {
             Err(unready) => Err(unready.into_error(fault)),
             Ok(plan) => {
-                plan.count_used(disk);
+                plan.account(&store, disk, write.replica);
                 outcome.map_err(|e| fault(&e))
             }
         };

@@ -92,10 +92,8 @@ fn remove_elsewhere(store: &Arc<Inner>, disk: &Disk, create: &Create) {
     let replica = create.replica;
     for id in store.index.working_on(replica).into_iter().filter(|id| *id != disk.id) {
         if let Some(other) = store.disks().by_id(id) {
-            let bytes = allocated(&other.file(replica));
             match fs::remove_file(other.file(replica)) {
                 Ok(()) => {
-                    other.add_used(-bytes);
                     other.mark_dirty(other.dir(replica));
                 }
                 Err(e) => tracing::error!("cannot remove misplaced {}: {e}", other.file(replica).display()),
@@ -117,7 +115,8 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     let reserve = store.options.reserve.unwrap_or((disk.size / 200).min(MAX_RESERVE));
     // Recovery must leave room for clients.
     let reserve = if create.if_absent { reserve.saturating_mul(2) } else { reserve };
-    if reserve > 0 && disk.free() < reserve {
+    let needs = if replica.oid.is_sparse() { create.data.len() as u64 } else { create.size };
+    if reserve > 0 && disk.free() < reserve.saturating_add(needs) {
         tracing::error!("diskfull, oid={}", replica.oid);
         return Err(StoreError::NoSpace);
     }
@@ -127,19 +126,15 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     let path = disk.file(replica);
     let temporary = temporary_path(&path);
     let made = fill(&temporary, create, store.durable())
-        .and_then(|()| {
-            let old = allocated(&path);
-            publish(&temporary, &path, create.if_absent).map(|new| (new, old))
-        })
+        .and_then(|()| publish(&temporary, &path, create.if_absent))
         .map_err(|e| store.fault(disk, replica.oid, &e));
-    if !matches!(made, Ok((true, _))) {
+    if !matches!(made, Ok(true)) {
         let _ = fs::remove_file(&temporary); // never created, or cleaned by the next scan
     }
-    let (new, old) = made?;
+    let new = made?;
     if new {
         store.files.forget(replica);
-        store.index.add(replica, disk.id, true);
-        disk.add_used(allocated(&path) - old);
+        store.index.add(replica, disk.id, true, allocated(&path));
     }
     Ok(new)
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use nix::sys::statvfs::statvfs;
 use parking_lot::Mutex;
@@ -40,8 +40,6 @@ pub(crate) struct Disk {
     /// Everything else that changes files, for the workers.
     pub(crate) large: Queue<Job>,
     pub(crate) reads: Queue<ReadJob>,
-    /// Bytes allocated to working files.
-    pub(crate) used: AtomicI64,
     pub(crate) medium_errors: Mutex<MediumErrors>,
     /// Directories with renames, links and unlinks not yet synced.
     pub(crate) dirty_dirs: Mutex<BTreeSet<PathBuf>>,
@@ -80,7 +78,6 @@ impl Disk {
             small: Queue::new(),
             large: Queue::new(),
             reads: Queue::new(),
-            used: AtomicI64::new(0),
             medium_errors: Mutex::default(),
             dirty_dirs: Mutex::default(),
             removed: AtomicBool::new(false),
@@ -153,11 +150,6 @@ impl Disk {
         free_bytes(&self.path).unwrap_or(0)
     }
 
-    /// Adjusts the bytes allocated to working files.
-    pub(crate) fn add_used(&self, bytes: i64) {
-        self.used.fetch_add(bytes, Relaxed);
-    }
-
     /// Whether the disk is out of service.
     pub(crate) fn is_removed(&self) -> bool {
         self.removed.load(Relaxed)
@@ -178,9 +170,9 @@ pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Bytes allocated to a file; 0 if it is absent.
-pub(crate) fn allocated(path: &Path) -> i64 {
+pub(crate) fn allocated(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    fs::symlink_metadata(path).map_or(0, |m| m.blocks() as i64 * 512)
+    fs::symlink_metadata(path).map_or(0, |m| m.blocks() * 512)
 }
 
 fn free_bytes(path: &Path) -> io::Result<u64> {

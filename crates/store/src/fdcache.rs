@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::index::DiskId;
 use crate::name::Replica;
 use crate::object::OpenObject;
 
@@ -19,6 +20,7 @@ const SHARDS: usize = 16;
 
 struct Entry {
     object: Arc<OpenObject>,
+    disk: DiskId,
     used: u64,
 }
 
@@ -64,8 +66,13 @@ impl FdCache {
         Some(object)
     }
 
-    /// The object, opened from `path` if it is not open.
-    pub(crate) fn open(&self, replica: Replica, path: impl Fn() -> Box<Path>) -> io::Result<Arc<OpenObject>> {
+    /// The object, opened from `path` on `disk` if it is not open.
+    pub(crate) fn open(
+        &self,
+        replica: Replica,
+        disk: DiskId,
+        path: impl Fn() -> Box<Path>,
+    ) -> io::Result<Arc<OpenObject>> {
         loop {
             if let Some(object) = self.get(replica) {
                 return Ok(object);
@@ -79,7 +86,7 @@ impl FdCache {
             let evicted = shard.make_room(self.per_shard);
             shard.clock += 1;
             let used = shard.clock;
-            shard.entries.insert(replica, Entry { object: object.clone(), used });
+            shard.entries.insert(replica, Entry { object: object.clone(), disk, used });
             drop(shard);
             drop(evicted); // closing may be slow: not under the lock
             return Ok(object);
@@ -104,14 +111,12 @@ impl FdCache {
         }
     }
 
-    /// Drops everything.
-    pub(crate) fn clear(&self) {
+    /// Drops the objects of one disk.
+    pub(crate) fn forget_disk(&self, disk: DiskId) {
         for shard in &self.shards {
             let mut shard = shard.lock();
             shard.generation += 1;
-            let entries = std::mem::take(&mut shard.entries);
-            drop(shard);
-            drop(entries);
+            shard.entries.retain(|_, e| e.disk != disk);
         }
     }
 }
@@ -145,14 +150,14 @@ mod tests {
         let replica = Replica::whole(Oid(1));
         let path = dir.path().join(replica.to_string());
         std::fs::write(&path, b"old").expect("write");
-        let old = cache.open(replica, opener(dir.path(), replica)).expect("open");
-        let again = cache.open(replica, opener(dir.path(), replica)).expect("open");
+        let old = cache.open(replica, 0, opener(dir.path(), replica)).expect("open");
+        let again = cache.open(replica, 0, opener(dir.path(), replica)).expect("open");
         assert!(Arc::ptr_eq(&old, &again));
         cache.forget(replica);
-        let new = cache.open(replica, opener(dir.path(), replica)).expect("open");
+        let new = cache.open(replica, 0, opener(dir.path(), replica)).expect("open");
         assert!(!Arc::ptr_eq(&old, &new));
         std::fs::remove_file(&path).expect("remove");
-        let error = cache.open(replica, opener(dir.path(), replica)).err().expect("gone");
+        let error = cache.open(replica, 0, opener(dir.path(), replica)).err().expect("gone");
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
@@ -164,9 +169,9 @@ mod tests {
         for replica in &all {
             std::fs::write(dir.path().join(replica.to_string()), b"x").expect("write");
         }
-        let held = cache.open(all[0], opener(dir.path(), all[0])).expect("open");
+        let held = cache.open(all[0], 0, opener(dir.path(), all[0])).expect("open");
         for replica in &all[1..] {
-            cache.open(*replica, opener(dir.path(), *replica)).expect("open");
+            cache.open(*replica, 0, opener(dir.path(), *replica)).expect("open");
         }
         assert!(Arc::ptr_eq(&held, &cache.get(all[0]).expect("still there")));
         let open: usize = cache.shards.iter().map(|s| s.lock().entries.len()).sum();

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 
 use sha1::{Digest, Sha1};
 use sheepdog_buffer::PageBuf;
@@ -31,24 +31,18 @@ impl Store {
         cache: bool,
     ) -> Result<[u8; 20]> {
         let working = self.inner.locate(replica)?;
-        let (disk, path) = if working.file(replica).exists() {
-            let path = working.file(replica);
-            (working, path)
-        } else {
-            let name = StaleName { replica, epoch: stale.ok_or(StoreError::NoObject)? };
-            let id = self.inner.index.find_stale(name).ok_or(StoreError::NoObject)?;
-            let disk = self.inner.disks().by_id(id).cloned().ok_or(StoreError::NoObject)?;
-            let path = disk.stale_file(name);
-            (disk, path)
-        };
-        self.on_reader(disk, move |inner, disk| {
-            digest(&path, size, cache).map_err(|e| inner.fault(disk, replica.oid, &e))
-        })
-        .await
+        let of_working = self
+            .on_reader(working, move |inner, disk| {
+                digest(&disk.file(replica), size, cache).map_err(|e| inner.fault(disk, replica.oid, &e))
+            })
+            .await;
+        let (Err(StoreError::NoObject), Some(epoch)) = (&of_working, stale) else { return of_working };
+        let name = StaleName { replica, epoch };
+        self.on_stale(name, move |disk| digest(&disk.stale_file(name), size, cache)).await
     }
 }
 
-fn digest(path: &PathBuf, size: u64, cache: bool) -> io::Result<[u8; 20]> {
+fn digest(path: &Path, size: u64, cache: bool) -> io::Result<[u8; 20]> {
     let file = File::open(path)?;
     if cache
         && let Ok(Some(kept)) = xattr::get(path, HASH_XATTR)

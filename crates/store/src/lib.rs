@@ -20,6 +20,8 @@ mod hash;
 mod index;
 mod layout;
 mod meta;
+#[cfg(test)]
+mod model_tests;
 mod name;
 mod object;
 mod open;

@@ -57,7 +57,11 @@ pub(crate) fn abilities(dir: &Path, flush: &File) -> Abilities {
 fn has_direct(dir: &Path) -> bool {
     let attempt = || -> io::Result<()> {
         let file = flush_file(dir)?;
-        reopen_direct(&file)?.write_all_at(&PageBuf::zeroed(4096), 0)
+        match reopen_direct(&file)?.write_all_at(&PageBuf::zeroed(4096), 0) {
+            // A full disk says nothing about alignment, and must not keep a node from starting.
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => Ok(()),
+            other => other,
+        }
     };
     attempt().is_ok()
 }

@@ -41,12 +41,15 @@ pub(crate) struct Create {
     pub(crate) done: Done<bool>,
 }
 
+/// Gets an error if the disk is out of service.
+pub(crate) type Run = Box<dyn FnOnce(&Arc<Inner>, Result<&Arc<Disk>, StoreError>) + Send>;
+
 /// Something else to be done on a disk's thread.
 pub(crate) struct Exec {
     /// Where; `None`: the disk that has the claimed replica, or should have it.
     pub(crate) disk: Option<DiskId>,
-    /// Gets an error if there is no such disk any more.
-    pub(crate) run: Box<dyn FnOnce(&Arc<Inner>, Result<&Arc<Disk>, StoreError>) + Send>,
+    /// What.
+    pub(crate) run: Run,
 }
 
 pub(crate) enum Task {

@@ -87,17 +87,35 @@ impl Store {
     pub async fn read_stale(&self, replica: Replica, epoch: Epoch, offset: u64, len: usize) -> Result<Bytes> {
         check_read(offset, len)?;
         let name = StaleName { replica, epoch };
-        let disk = self.inner.index.find_stale(name).and_then(|id| self.inner.disks().by_id(id).cloned());
-        self.on_reader(disk.ok_or(StoreError::NoObject)?, move |inner, disk| {
-            let attempt = || -> io::Result<Bytes> {
-                let file = File::open(disk.stale_file(name))?;
-                let mut buf = PageBuf::dirty(len);
-                read_zero_filled(&file, &mut buf, offset)?;
-                Ok(buf.freeze())
-            };
-            attempt().map_err(|e| inner.fault(disk, replica.oid, &e))
+        self.on_stale(name, move |disk| {
+            let file = File::open(disk.stale_file(name))?;
+            let mut buf = PageBuf::dirty(len);
+            read_zero_filled(&file, &mut buf, offset)?;
+            Ok(buf.freeze())
         })
         .await
+    }
+
+    /// Runs something with a stale file on a reading thread of its disk; again if the file was moved meanwhile.
+    pub(crate) async fn on_stale<T: Send + 'static>(
+        &self,
+        name: StaleName,
+        run: impl Fn(&Disk) -> io::Result<T> + Clone + Send + 'static,
+    ) -> Result<T> {
+        let mut seen = None;
+        loop {
+            let id = self.inner.index.find_stale(name).ok_or(StoreError::NoObject)?;
+            let disk = self.inner.disks().by_id(id).cloned().ok_or(StoreError::NoObject)?;
+            let run = run.clone();
+            let result = self
+                .on_reader(disk, move |inner, disk| {
+                    run(disk).map_err(|e| inner.fault(disk, name.replica.oid, &e))
+                })
+                .await;
+            if !matches!(result, Err(StoreError::NoObject)) || seen.replace(id) == Some(id) {
+                return result;
+            }
+        }
     }
 
     /// Runs something on a reading thread of a disk.
@@ -141,7 +159,7 @@ fn read_working(
     len: usize,
 ) -> Result<Bytes> {
     let attempt = |disk: &Arc<Disk>| -> io::Result<Bytes> {
-        let object = inner.files.open(replica, || disk.file(replica).into())?;
+        let object = inner.files.open(replica, disk.id, || disk.file(replica).into())?;
         if len >= READ_AHEAD && !object.was_read() {
             // Only a hint.
             let _ = posix_fadvise(

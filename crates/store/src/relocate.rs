@@ -78,21 +78,22 @@ fn relocate(
     let path_in = |disk: &Disk| stale.map_or_else(|| disk.file(replica), |name| disk.stale_file(name));
     let (source, target) = (path_in(from), path_in(&to));
     let sparse = replica.oid.is_sparse();
-    let bytes = allocated(&source);
     if !target.exists() {
         let temporary = temporary_path(&to.file(replica));
         let copied = copy(&source, &temporary, sparse)
-            .map_err(|e| inner.fault(from, replica.oid, &e))
-            .and_then(|()| fs::rename(&temporary, &target).map_err(|e| inner.fault(&to, replica.oid, &e)));
+            .and_then(|()| fs::rename(&temporary, &target).map_err(CopyError::Target));
         if let Err(e) = copied {
             let _ = fs::remove_file(&temporary); // the next scan removes it otherwise
-            return Err(e);
+            return Err(match e {
+                CopyError::Source(e) => inner.fault(from, replica.oid, &e),
+                CopyError::Target(e) => inner.fault(&to, replica.oid, &e),
+            });
         }
     }
     let dir = if stale.is_some() { to.stale_dir() } else { to.dir(replica) };
     sync_dir(&dir).map_err(|e| inner.fault(&to, replica.oid, &e))?;
     match stale {
-        None => inner.index.add(replica, to.id, true),
+        None => inner.index.add(replica, to.id, true, allocated(&target)),
         Some(name) => inner.index.add_stale(name, to.id),
     }
     inner.files.forget(replica);
@@ -100,8 +101,6 @@ fn relocate(
     match stale {
         None => {
             inner.index.remove(replica, from.id);
-            to.add_used(allocated(&target));
-            from.add_used(-bytes);
             from.mark_dirty(from.dir(replica));
         }
         Some(name) => {
@@ -113,30 +112,37 @@ fn relocate(
     Ok(true)
 }
 
+/// Which disk is to blame.
+enum CopyError {
+    Source(io::Error),
+    Target(io::Error),
+}
+
 /// Copies content and attributes, durably; zero blocks of sparse files stay holes.
-fn copy(source: &Path, target: &Path, sparse: bool) -> io::Result<()> {
-    let from = File::open(source)?;
-    let size = from.metadata()?.len();
-    let to = OpenOptions::new().write(true).create_new(true).mode(0o660).open(target)?;
-    extend(&to, size, sparse)?;
+fn copy(source: &Path, target: &Path, sparse: bool) -> std::result::Result<(), CopyError> {
+    use CopyError::{Source, Target};
+    let from = File::open(source).map_err(Source)?;
+    let size = from.metadata().map_err(Source)?.len();
+    let to = OpenOptions::new().write(true).create_new(true).mode(0o660).open(target).map_err(Target)?;
+    extend(&to, size, sparse).map_err(Target)?;
     let mut buf = PageBuf::dirty(1 << 20);
     let mut offset = 0;
     while offset < size {
         let len = (size - offset).min(buf.len() as u64) as usize;
-        read_zero_filled(&from, &mut buf[..len], offset)?;
+        read_zero_filled(&from, &mut buf[..len], offset).map_err(Source)?;
         let step = if sparse { BLOCK as usize } else { len };
         for (i, block) in buf[..len].chunks(step).enumerate() {
             if !sparse || !is_zero(block) {
-                to.write_all_at(block, offset + (i * step) as u64)?;
+                to.write_all_at(block, offset + (i * step) as u64).map_err(Target)?;
             }
         }
         offset += len as u64;
     }
-    for name in xattr::list(source)? {
-        if let Some(value) = xattr::get(source, &name)? {
+    for name in xattr::list(source).map_err(Source)? {
+        if let Some(value) = xattr::get(source, &name).map_err(Source)? {
             // Attributes only save work; what the target refuses is not needed.
             let _ = xattr::set(target, &name, &value);
         }
     }
-    to.sync_all()
+    to.sync_all().map_err(Target)
 }

@@ -36,10 +36,10 @@ pub struct ScanReport {
 /// The findings of one disk.
 #[derive(Default)]
 struct Found {
-    working: Vec<Replica>,
+    /// With their allocated bytes.
+    working: Vec<(Replica, u64)>,
     stale: Vec<StaleName>,
     inodes: Vec<(Oid, Option<Epoch>, InodeHeader)>,
-    used: i64,
     report: ScanReport,
 }
 
@@ -56,9 +56,9 @@ impl Store {
         let mut report = ScanReport::default();
         let mut inodes: BTreeMap<Oid, (Option<Epoch>, InodeHeader)> = BTreeMap::new();
         for (disk, found) in set.disks.iter().zip(found) {
-            for replica in &found.working {
+            for (replica, bytes) in &found.working {
                 let home = set.home(replica.oid).is_some_and(|h| h.id == disk.id);
-                self.inner.index.add(*replica, disk.id, home);
+                self.inner.index.add(*replica, disk.id, home, *bytes);
                 if !home {
                     report.misplaced.push(*replica);
                 }
@@ -75,7 +75,6 @@ impl Store {
                     inodes.insert(oid, (epoch, header));
                 }
             }
-            disk.used.store(found.used, std::sync::atomic::Ordering::Relaxed);
             report.working += found.working.len();
             report.stale += found.stale.len();
             report.temporaries += found.report.temporaries;
@@ -136,8 +135,7 @@ fn scan_working(dir: &Path, known_dirs: &[String], found: &mut Found) -> io::Res
         }
         match Replica::parse(name) {
             Some(replica) if is_file => {
-                found.working.push(replica);
-                found.used += entry.metadata().map_or(0, |m| m.blocks() as i64 * 512);
+                found.working.push((replica, entry.metadata().map_or(0, |m| m.blocks() * 512)));
                 read_inode(&entry.path(), replica, None, found);
             }
             // Names with a dot, and the directories of the layout, are the store's own.

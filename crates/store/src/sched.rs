@@ -188,7 +188,7 @@ mod tests {
         let d = sched.submit(job(1, 20..30)).expect("disjoint");
         let e = sched.submit(job(2, 0..10)).expect("another object");
         let ready = sched.finish(&a.0);
-        assert_eq!(ready.iter().map(|j| j.0.range.clone()).collect::<Vec<_>>(), [5..15]);
+        assert!(ready.len() == 1 && ready[0].0.range == (5..15));
         assert!(sched.finish(&d.0).is_empty() && sched.finish(&e.0).is_empty());
         let ready = sched.finish(&ready[0].0);
         assert_eq!(ready[0].0.range, 12..20);

@@ -1,8 +1,6 @@
 //! Space accounting (spec 03, section 16). Counters, not directory walks: used bytes come from the scan and are kept up to
 //! date by every change of a file.
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use sheepdog_proto::admin::MdInfo;
 use sheepdog_proto::fixed_str;
 
@@ -25,7 +23,7 @@ impl Store {
         let mut space = Space::default();
         for disk in &self.inner.disks().disks {
             space.free += disk.free();
-            space.used += disk.used.load(Relaxed).max(0) as u64;
+            space.used += self.inner.index.used(disk.id);
         }
         space.size = space.free + space.used;
         space
@@ -37,7 +35,7 @@ impl Store {
         let info = set.disks.iter().enumerate().map(|(i, disk)| MdInfo {
             idx: i as i32,
             free: disk.free(),
-            used: disk.used.load(Relaxed).max(0) as u64,
+            used: self.inner.index.used(disk.id),
             path: fixed_str(disk.path.as_os_str().as_encoded_bytes()),
         });
         info.collect()

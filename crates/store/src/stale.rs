@@ -25,13 +25,12 @@ impl Store {
             }
             let mut removed = false;
             for disk in holders(inner, home, replica) {
-                let bytes = allocated(&disk.file(replica));
                 match fs::remove_file(disk.file(replica)) {
                     Ok(()) => removed = true,
                     Err(e) if e.kind() == io::ErrorKind::NotFound && disk.path.is_dir() => {}
                     Err(e) => return Err(inner.fault(&disk, replica.oid, &e)),
                 }
-                gone(inner, &disk, replica, bytes);
+                gone(inner, &disk, replica);
             }
             if removed { Ok(()) } else { Err(StoreError::NoObject) }
         })
@@ -80,8 +79,7 @@ impl Store {
             }
             match fs::hard_link(disk.stale_file(name), disk.file(replica)) {
                 Ok(()) => {
-                    inner.index.add(replica, disk.id, true);
-                    disk.add_used(allocated(&disk.file(replica)));
+                    inner.index.add(replica, disk.id, true, allocated(&disk.file(replica)));
                     disk.mark_dirty(disk.dir(replica));
                     Ok(true)
                 }
@@ -136,12 +134,11 @@ impl Store {
         let result = self
             .exec_all(|inner, disk| {
                 let purged = purge(disk);
+                inner.files.forget_disk(disk.id);
                 inner.index.remove_disk(disk.id);
-                disk.used.store(0, std::sync::atomic::Ordering::Relaxed);
                 purged.map_err(|e| inner.fault(disk, Oid(0), &e))
             })
             .await;
-        self.inner.files.clear();
         result?;
         self.inner.index.clear();
         Ok(())
@@ -160,20 +157,18 @@ fn holders(inner: &Inner, home: &Arc<Disk>, replica: Replica) -> Vec<Arc<Disk>> 
 }
 
 /// A working file went away.
-fn gone(inner: &Inner, disk: &Disk, replica: Replica, bytes: i64) {
+fn gone(inner: &Inner, disk: &Disk, replica: Replica) {
     inner.files.forget(replica);
     inner.index.remove(replica, disk.id);
-    disk.add_used(-bytes);
     disk.mark_dirty(disk.dir(replica));
 }
 
 fn stash_file(inner: &Arc<Inner>, disk: &Arc<Disk>, name: StaleName) -> Result<bool> {
     let replica = name.replica;
-    let bytes = allocated(&disk.file(replica));
     match fs::rename(disk.file(replica), disk.stale_file(name)) {
         Ok(()) => {
             inner.index.add_stale(name, disk.id);
-            gone(inner, disk, replica, bytes);
+            gone(inner, disk, replica);
             disk.mark_dirty(disk.stale_dir());
             // A hard link to that very stale file: rename then does nothing, and the working name stays.
             let _ = fs::remove_file(disk.file(replica));

@@ -184,7 +184,7 @@ impl Inner {
             }
         }
         self.index.remove_disk(id);
-        self.files.clear();
+        self.files.forget_disk(id);
         true
     }
 

@@ -78,7 +78,9 @@ pub static TABLE: &[Row] = &[
     row(Opcode::STAT_SHEEP, Local(node::stat_sheep)),
     row(Opcode::STAT_CLUSTER, Local(cluster::stat_cluster)).force(),
     row(Opcode::GET_VDI_ATTR, Cluster(Some(vdis::get_vdi_attr), None)),
-    row(Opcode::FORCE_RECOVER, Cluster(Some(main::force_recover_work), Some(main::force_recover))).force().logged(),
+    row(Opcode::FORCE_RECOVER, Cluster(Some(main::force_recover_work), Some(main::force_recover)))
+        .force()
+        .logged(),
     row(Opcode::GET_STORE_LIST, Local(cluster::get_store_list)).force(),
     row(Opcode::CLEANUP, Cluster(None, Some(main::cleanup))).force(),
     row(Opcode::TRACE_STATUS, Local(node::trace)).force(),

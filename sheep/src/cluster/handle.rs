@@ -32,6 +32,8 @@ pub enum Command {
     Leave,
     /// End this node.
     Kill,
+    /// A disk is gone: recover what was on it, in the present epoch.
+    Rebuild,
     /// Announce a changed record of this node.
     UpdateNode(NodeRecord, oneshot::Sender<ResultCode>),
 }

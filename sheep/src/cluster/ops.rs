@@ -9,8 +9,8 @@ use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
 use sheepdog_proto::node::decode_nodes;
 use sheepdog_proto::{
-    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NodeRecord, Request, Response, ResultCode, VdiId, Wire,
-    cstr,
+    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NodeRecord, Request, Response, ResultCode,
+    VdiId, Wire, cstr,
 };
 
 use super::task::Task;
@@ -34,9 +34,13 @@ async fn apply(task: &mut Task, outcome: Result<Vec<super::state::Action>, Resul
 pub const STORE_DRIVERS: &[&str] = &["plain"];
 
 /// MAKE_FS.
-pub fn make_fs<'a>(task: &'a mut Task, message: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn make_fs<'a>(
+    task: &'a mut Task,
+    message: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
-        let own = task.sheep.meta.node_config();
+        let own = task.sheep.meta.node_config().ok().and_then(|(name, _)| name);
         let store = own.unwrap_or_else(|| String::from_utf8_lossy(cstr(&message.data)).into_owned());
         if !STORE_DRIVERS.contains(&store.as_str()) {
             tracing::error!("backend store '{store}' is not supported");
@@ -53,7 +57,11 @@ pub fn make_fs<'a>(task: &'a mut Task, message: &'a ClusterMessage, _: &'a NodeR
 }
 
 /// SHUTDOWN.
-pub fn shutdown<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn shutdown<'a>(
+    task: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let recovering = !task.sheep.recovery.is_idle();
         let actions = task.state.shutdown(recovering);
@@ -93,13 +101,20 @@ pub fn force_recover<'a>(
 }
 
 /// CLEANUP.
-pub fn cleanup<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn cleanup<'a>(
+    task: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         if !task.sheep.recovery.is_idle() {
             return ResultCode::NODE_IN_RECOVERY;
         }
         if let Some(store) = &task.sheep.store {
-            store.purge_stale(task.state.epoch()).await;
+            if let Err(error) = store.purge_stale(task.state.epoch()).await {
+                tracing::error!("cannot remove stale objects: {error}");
+                return ResultCode::EIO;
+            }
         }
         ResultCode::SUCCESS
     })
@@ -119,7 +134,11 @@ pub fn complete_recovery<'a>(
 }
 
 /// ENABLE_RECOVER.
-pub fn enable_recover<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn enable_recover<'a>(
+    task: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let actions = task.state.set_recovery_disabled(false);
         apply(task, Ok(actions)).await
@@ -127,7 +146,11 @@ pub fn enable_recover<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a Node
 }
 
 /// DISABLE_RECOVER.
-pub fn disable_recover<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn disable_recover<'a>(
+    task: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let actions = task.state.set_recovery_disabled(true);
         apply(task, Ok(actions)).await
@@ -148,7 +171,11 @@ pub fn alter_cluster_copy<'a>(
 }
 
 /// REWEIGHT: announces this node's space if it changed by 1 % or more.
-pub fn reweight<'a>(task: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn reweight<'a>(
+    task: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let Some(store) = &task.sheep.store else { return ResultCode::SUCCESS };
         let space = store.space();
@@ -191,17 +218,29 @@ fn valid_redundancy(copies: u8, shift: u8) -> bool {
 }
 
 /// NOTIFY_VDI_DEL: object lists here follow the files, nothing to forget.
-pub fn notify_vdi_del<'a>(_: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn notify_vdi_del<'a>(
+    _: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async { ResultCode::SUCCESS })
 }
 
 /// DELETE_CACHE: obsolete.
-pub fn delete_cache<'a>(_: &'a mut Task, _: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn delete_cache<'a>(
+    _: &'a mut Task,
+    _: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async { ResultCode::SUCCESS })
 }
 
 /// NEW_VDI.
-pub fn new_vdi<'a>(task: &'a mut Task, message: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn new_vdi<'a>(
+    task: &'a mut Task,
+    message: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         task.sheep.vdis.set_in_use(message.response.vdi().vdi_id);
         ResultCode::SUCCESS
@@ -209,7 +248,11 @@ pub fn new_vdi<'a>(task: &'a mut Task, message: &'a ClusterMessage, _: &'a NodeR
 }
 
 /// DEL_VDI.
-pub fn del_vdi<'a>(task: &'a mut Task, message: &'a ClusterMessage, _: &'a NodeRecord) -> BoxFuture<'a, ResultCode> {
+pub fn del_vdi<'a>(
+    task: &'a mut Task,
+    message: &'a ClusterMessage,
+    _: &'a NodeRecord,
+) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let vid = message.response.vdi().vdi_id;
         task.sheep.vdis.set_deleted(vid);
@@ -309,7 +352,8 @@ pub async fn epoch_log(sheep: &Arc<Sheep>, epoch: sheepdog_proto::Epoch) -> Opti
         let request = Request::new(sheepdog_proto::Opcode::GET_EPOCH).length(capacity).with_obj(body);
         let deadline = std::time::Duration::from_secs(5);
         let Ok(reply) = sheep.peers.call(&node.nid, request, Bytes::new(), deadline).await else { continue };
-        let Ok(log) = reply.success().map_err(drop).and_then(|r| EpochLog::decode(&r.data).map_err(drop)) else {
+        let Ok(log) = reply.success().map_err(drop).and_then(|r| EpochLog::decode(&r.data).map_err(drop))
+        else {
             continue;
         };
         if let Err(error) = tokio::task::block_in_place(|| sheep.meta.write_epoch(epoch, &log)) {

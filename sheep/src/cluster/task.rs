@@ -178,7 +178,8 @@ impl Task {
                 self.act(actions).await;
             }
             Event::Block { node, answer } => {
-                let mine = node.nid == self.state.me.nid && self.running.is_none() && self.unblocking.is_none();
+                let mine =
+                    node.nid == self.state.me.nid && self.running.is_none() && self.unblocking.is_none();
                 let next = if mine { self.blocks.pop_front() } else { None };
                 answer.give(next.is_some());
                 if let Some(submission) = next {
@@ -206,6 +207,12 @@ impl Task {
             Command::Kill => {
                 let actions = self.state.kill();
                 self.act(actions).await;
+            }
+            Command::Rebuild => {
+                if self.state.status == ClusterStatus::Ok {
+                    let actions = self.state.same_epoch_round();
+                    self.act(actions).await;
+                }
             }
             Command::UpdateNode(node, reply) => {
                 let _ = self.driver.send(DriverCall::UpdateNode(node, reply));
@@ -398,7 +405,7 @@ impl Task {
 
     async fn stash_all(&mut self) {
         let Some(store) = &self.sheep.store else { return };
-        let epoch = self.sheep.meta.latest_epoch();
+        let epoch = self.sheep.meta.latest_epoch().unwrap_or_default();
         if let Err(error) = store.stash_all(epoch).await {
             tracing::error!("cannot move objects to the stale area: {error}");
         }

@@ -114,7 +114,9 @@ async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, S
         let reply = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await;
         let reply = reply.map_err(|e| e.to_string())?;
         match reply.response.result {
-            ResultCode::SUCCESS => return Ok(reply.data.chunks_exact(VdiState::LEN).map(VdiState::get).collect()),
+            ResultCode::SUCCESS => {
+                return Ok(reply.data.chunks_exact(VdiState::LEN).map(VdiState::get).collect());
+            }
             ResultCode::BUFFER_SMALL if capacity < MAX_RECORDS => capacity *= 2,
             code => return Err(code.to_string()),
         }

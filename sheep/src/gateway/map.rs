@@ -73,11 +73,8 @@ async fn changes(
     let span = high - low + 1;
     let bytes = sheep.gateway.read_object(sheep, oid, gref_offset(first + low as u32), span * 8).await?;
     let grefs = inode::grefs(&bytes);
-    let change = |i: usize| Change {
-        index: first + i as u32,
-        old: inode::table(&old)[i].get(),
-        gref: grefs[i - low],
-    };
+    let change =
+        |i: usize| Change { index: first + i as u32, old: inode::table(&old)[i].get(), gref: grefs[i - low] };
     Ok(differing.into_iter().map(change).collect())
 }
 

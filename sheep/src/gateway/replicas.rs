@@ -34,7 +34,12 @@ impl From<ResultCode> for Failure {
 }
 
 /// Sends one peer request to `node`, which may be this one.
-pub async fn call(sheep: &Arc<Sheep>, node: NodeId, request: Request, payload: Bytes) -> Result<Reply, Failure> {
+pub async fn call(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    request: Request,
+    payload: Bytes,
+) -> Result<Reply, Failure> {
     let reply = if node == sheep.me {
         let mut reply = peer::execute(sheep, request, payload).await;
         reply.response.epoch = sheep.views.epoch();
@@ -187,7 +192,10 @@ pub async fn decref(
         match result {
             Ok(_) => done.lock().push(*node),
             Err(failure) if failure.code == ResultCode::NETWORK_ERROR => {
-                tracing::warn!("{}: outcome of a reference drop on {node} is unknown, leaving it", request.obj().oid);
+                tracing::warn!(
+                    "{}: outcome of a reference drop on {node} is unknown, leaving it",
+                    request.obj().oid
+                );
                 done.lock().push(*node);
             }
             Err(failure) => failures.push(failure),

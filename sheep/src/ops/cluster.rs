@@ -8,7 +8,7 @@ use sheepdog_client::Reply;
 use sheepdog_proto::cluster::{CLUSTER_INFO_LEN, EpochRecord};
 use sheepdog_proto::header::{ClusterDefaultResponse, NodeResponse};
 use sheepdog_proto::node::encode_nodes;
-use sheepdog_proto::{ClusterStatus, Epoch, MAX_NODES, NodeRecord, Request, ResultCode, Wire};
+use sheepdog_proto::{ClusterStatus, Epoch, MAX_NODES, NodeRecord, Request, ResultCode};
 
 use super::{fixed, list, result};
 use crate::cluster::ops::{STORE_DRIVERS, epoch_log};

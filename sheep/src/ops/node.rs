@@ -11,9 +11,9 @@ use sheepdog_proto::{ClusterFlags, Flags, NodeRecord, Request, ResultCode, Wire}
 
 use super::{fixed, result};
 use crate::sheep::Sheep;
-
-/// Weight that `-V`-less nodes announce.
-pub const DEFAULT_VNODES: u16 = 128;
+use crate::shell::log;
+use crate::shell::log::Severity;
+use crate::shell::options::DEFAULT_VNODES;
 
 /// STAT_SHEEP.
 pub fn stat_sheep<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
@@ -33,17 +33,16 @@ pub fn stat<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<
 }
 
 /// GET_LOGLEVEL.
-pub fn get_log_level<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { fixed(&request, i32::from(sheep.log_level.get()).encode()) })
+pub fn get_log_level<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { fixed(&request, (log::level() as i32).encode()) })
 }
 
 /// SET_LOGLEVEL.
-pub fn set_log_level<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+pub fn set_log_level<'a>(_: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
-        let level = i32::decode(&payload).ok().and_then(|l| u8::try_from(l).ok()).filter(|l| *l <= 7);
-        match level {
+        match i32::decode(&payload).ok().and_then(Severity::from_number) {
             Some(level) => {
-                sheep.log_level.set(level);
+                log::set_level(level);
                 result(&request, ResultCode::SUCCESS)
             }
             None => result(&request, ResultCode::INVALID_PARMS),

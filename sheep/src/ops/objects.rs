@@ -178,4 +178,3 @@ pub fn flush_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFu
         result(&request, ResultCode::INVALID_PARMS)
     })
 }
-

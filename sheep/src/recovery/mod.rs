@@ -156,7 +156,11 @@ impl Recovery {
         let Some(store) = &sheep.store else { return };
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
-            tokio::spawn(async move { store.purge_stale(below).await });
+            tokio::spawn(async move {
+                if let Err(error) = store.purge_stale(below).await {
+                    tracing::error!("cannot remove stale objects: {error}");
+                }
+            });
         }
     }
 

@@ -192,7 +192,8 @@ async fn copy(
 ) -> Result<(), ResultCode> {
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let size = sheep.size_of(oid, &sheep.views.load());
-    let mut request = peer_request(Opcode::READ_PEER, active, oid, epoch).flag(Flags::RECOVERY).length(size as usize);
+    let mut request =
+        peer_request(Opcode::READ_PEER, active, oid, epoch).flag(Flags::RECOVERY).length(size as usize);
     if active.round.wildcard {
         request = request.flag(Flags::WILDCARD);
     }

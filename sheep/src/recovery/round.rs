@@ -55,7 +55,10 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
         pause = (pause * 2).min(PASS_PAUSE.1);
         active.work.lock().queue.extend(failed);
     }
-    store.sync_dirs().await;
+    if let Err(error) = store.sync_dirs().await {
+        tracing::error!("recovery is not complete: {error}");
+        return false;
+    }
     tracing::info!("recovered epoch {}", active.round.epoch);
     !active.is_replaced()
 }
@@ -211,17 +214,22 @@ async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
         Recovered::Replaced => {}
         Recovered::Later(reason) => {
             tracing::debug!("{oid} is not recovered yet: {reason}");
-            let mut work = active.work.lock();
-            if work.todo.contains(&oid) && !work.failed.contains(&oid) {
-                work.failed.push(oid);
-            } else if !work.listed {
-                work.urgent.push_back(oid);
-                drop(work);
+            if !put_off(active, oid) {
                 tokio::time::sleep(PASS_PAUSE.0).await;
+                active.work.lock().urgent.push_back(oid);
                 active.wake.notify_one();
             }
         }
     }
+}
+
+/// Leaves an object to the next pass; `false` if there is no list yet that it could be on.
+fn put_off(active: &Active, oid: Oid) -> bool {
+    let mut work = active.work.lock();
+    if work.listed && work.todo.contains(&oid) && !work.failed.contains(&oid) {
+        work.failed.push(oid);
+    }
+    work.listed
 }
 
 /// Spreads objects over time when recovery is throttled.

@@ -17,7 +17,11 @@ const MAX_PROBES: u32 = 1024;
 const CTIME_AT: usize = 512;
 
 /// Work part of GET_VDI_ATTR.
-pub async fn get_vdi_attr(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<VdiResponse, ResultCode> {
+pub async fn get_vdi_attr(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: &[u8],
+) -> Result<VdiResponse, ResultCode> {
     if payload.len() != ATTR_LEN {
         return Err(ResultCode::INVALID_PARMS);
     }

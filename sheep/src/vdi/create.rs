@@ -11,8 +11,8 @@ use sheepdog_proto::btree::BtreeNode;
 use sheepdog_proto::header::{VdiRequest, VdiResponse, VdiStateRequest};
 use sheepdog_proto::inode::{GREF_OFFSET, InodeHeader, STORE_POLICY_BTREE, STORE_POLICY_FLAT};
 use sheepdog_proto::{
-    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MAX_DATA_OBJS, MAX_NAME_LEN, MIN_BLOCK_SHIFT, Oid, Opcode, Request,
-    ResultCode, VdiId, cstr,
+    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MAX_DATA_OBJS, MAX_NAME_LEN, MIN_BLOCK_SHIFT, Oid, Opcode,
+    Request, ResultCode, VdiId, cstr,
 };
 
 use super::lookup::{Found, Query, lookup};
@@ -81,7 +81,11 @@ fn max_size(store_policy: u8, shift: u8) -> u64 {
 }
 
 /// Work part of NEW_VDI; the answer names the new working VDI.
-pub async fn new_vdi(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<VdiResponse, ResultCode> {
+pub async fn new_vdi(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: &[u8],
+) -> Result<VdiResponse, ResultCode> {
     let body = request.vdi();
     let params = check(&sheep.views.load(), &body, payload)?;
     let found = lookup(sheep, &Query::working(&params.name)).await;
@@ -94,7 +98,12 @@ pub async fn new_vdi(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> R
         (true, Ok(working)) => live_rollback(sheep, &params, &found, working, base).await?,
         (_, Err(code)) => return Err(code),
     };
-    Ok(VdiResponse { vdi_id: vid, copies: params.copies, block_size_shift: params.shift, ..VdiResponse::zeroed() })
+    Ok(VdiResponse {
+        vdi_id: vid,
+        copies: params.copies,
+        block_size_shift: params.shift,
+        ..VdiResponse::zeroed()
+    })
 }
 
 /// Tells every node that `old` is a snapshot and how objects of `new` are stored, and waits until it is so here.

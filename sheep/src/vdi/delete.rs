@@ -19,7 +19,11 @@ use crate::sheep::Sheep;
 const BATCH: usize = 4096;
 
 /// Work part of DEL_VDI. On any failure the VDI stays and is not marked deleted (mandated deviation 6).
-pub async fn del_vdi(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<VdiResponse, ResultCode> {
+pub async fn del_vdi(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: &[u8],
+) -> Result<VdiResponse, ResultCode> {
     let query = Query::parse(payload, request.vdi().snapid)?;
     let vid = lookup(sheep, &query).await.result?;
     let inode = read_inode(sheep, vid).await?;

@@ -55,8 +55,10 @@ impl Query {
 /// Looks a VDI up. Vids without an inode are nobody's (spec 05, 29 rule 1).
 pub async fn lookup(sheep: &Arc<Sheep>, query: &Query) -> Found {
     let recycle = sheep.views.load().flags.contains(ClusterFlags::RECYCLE_VID);
-    let range = if recycle { sheep.vdis.probe_recycled() } else { sheep.vdis.probe(hash::name_hash(&query.name)) };
-    let mut found = Found { result: Err(ResultCode::NO_VDI), next_snap_id: 1, survivor: VdiId::NONE, free: range.free };
+    let range =
+        if recycle { sheep.vdis.probe_recycled() } else { sheep.vdis.probe(hash::name_hash(&query.name)) };
+    let mut found =
+        Found { result: Err(ResultCode::NO_VDI), next_snap_id: 1, survivor: VdiId::NONE, free: range.free };
     let mut exists = false;
     for vid in range.candidates {
         let header = match read_lookup_header(sheep, vid).await {

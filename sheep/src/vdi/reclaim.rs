@@ -91,7 +91,11 @@ async fn remove_unshared(sheep: &Arc<Sheep>, data: Oid, ledger: Oid) -> Result<(
 }
 
 /// DECREF_PEER on this node's replica of the ledger. `true` = no reference is left and the ledger is gone.
-pub async fn drop_in_ledger(sheep: &Arc<Sheep>, store: &Store, drop: &RefRequest) -> Result<bool, ResultCode> {
+pub async fn drop_in_ledger(
+    sheep: &Arc<Sheep>,
+    store: &Store,
+    drop: &RefRequest,
+) -> Result<bool, ResultCode> {
     if !Ledger::is_valid_generation(drop.generation) {
         return Err(ResultCode::INVALID_PARMS);
     }

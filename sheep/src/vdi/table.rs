@@ -4,12 +4,14 @@
 //! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
 use sheepdog_proto::vdi_state::{self, VdiState};
-use sheepdog_proto::{CopyPolicy, Epoch, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId};
+use sheepdog_proto::{
+    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId,
+};
 
 use super::locks::Lock;
 
@@ -104,6 +106,7 @@ pub struct VdiTable {
     checkpoints: Mutex<BTreeMap<Epoch, Vec<VdiState>>>,
     /// This node is still learning lock states.
     collecting: AtomicBool,
+    max_shift: AtomicU8,
 }
 
 /// Checkpoints kept at most; older ones are of joiners that never came back for them.
@@ -129,6 +132,7 @@ impl Default for VdiTable {
             }),
             checkpoints: Mutex::default(),
             collecting: AtomicBool::new(false),
+            max_shift: AtomicU8::new(DEFAULT_BLOCK_SHIFT),
         }
     }
 }
@@ -138,10 +142,16 @@ impl VdiTable {
     pub fn clear(&self) {
         let fresh = VdiTable::default().tables.into_inner();
         *self.tables.write() = fresh;
+        self.checkpoints.lock().clear();
+    }
+
+    fn note_shift(&self, shift: u8) {
+        self.max_shift.fetch_max(shift.min(MAX_BLOCK_SHIFT), Ordering::Relaxed);
     }
 
     /// Adds what an inode on this node's disks says.
     pub fn add_inode(&self, header: &InodeHeader, vid: VdiId) {
+        self.note_shift(header.block_size_shift);
         let mut t = self.tables.write();
         t.in_use.set(vid.get() as usize, true);
         if header.is_deleted() {
@@ -167,6 +177,7 @@ impl VdiTable {
         if record.vid.is_none() || CopyPolicy::from_byte(record.copy_policy).is_err() {
             return;
         }
+        self.note_shift(record.block_size_shift);
         let mut t = self.tables.write();
         let bit = record.vid.get() as usize;
         t.in_use.set(bit, true);
@@ -187,6 +198,7 @@ impl VdiTable {
 
     /// NOTIFY_VDI_ADD: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
     pub fn announce(&self, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
+        self.note_shift(redundancy.block_size_shift);
         let mut t = self.tables.write();
         if let Some(entry) = t.entries.get_mut(&old) {
             entry.snapshot = true;
@@ -305,6 +317,11 @@ impl VdiTable {
                 known: false,
             },
         }
+    }
+
+    /// Largest block size of any VDI, as a power of two.
+    pub fn max_block_shift(&self) -> u8 {
+        self.max_shift.load(Ordering::Relaxed)
     }
 
     /// The bitmap of READ_VDIS.
@@ -446,7 +463,13 @@ mod tests {
     use super::*;
 
     fn rep(copies: u8) -> Redundancy {
-        Redundancy { copies, policy: CopyPolicy::REPLICATED, block_size_shift: 22, snapshot: false, known: true }
+        Redundancy {
+            copies,
+            policy: CopyPolicy::REPLICATED,
+            block_size_shift: 22,
+            snapshot: false,
+            known: true,
+        }
     }
 
     fn vid(v: u32) -> VdiId {

@@ -325,9 +325,8 @@ pub fn resolve(host: &[u8]) -> Result<IpAddr, Stop> {
 pub fn parse_port(value: &[u8]) -> Result<u16, Stop> {
     let digits = value.iter().all(u8::is_ascii_digit);
     let port = std::str::from_utf8(value).ok().filter(|_| digits).and_then(|t| t.parse().ok());
-    port.filter(|port| *port != 0).ok_or_else(|| {
-        fail(crate::exit::BAD_ARGUMENT, format_args!("Invalid port number '{}'", text(value)))
-    })
+    port.filter(|port| *port != 0)
+        .ok_or_else(|| fail(crate::exit::BAD_ARGUMENT, format_args!("Invalid port number '{}'", text(value))))
 }
 
 /// A size operand; a bad one is a usage error.
@@ -356,10 +355,9 @@ fn parse_redundancy(value: &[u8]) -> Result<(u8, CopyPolicy), Stop> {
 fn parse_index(value: &[u8]) -> Result<Option<u64>, Stop> {
     let base = if value.starts_with(b"0x") || value.starts_with(b"0X") { 16 } else { 10 };
     match parse_long(value, base) {
-        (_, 0) => Err(fail(
-            FAILURE,
-            "The index must be a decimal integer or a hexadecimal integer started with 0x",
-        )),
+        (_, 0) => {
+            Err(fail(FAILURE, "The index must be a decimal integer or a hexadecimal integer started with 0x"))
+        }
         (-1, _) => Ok(None),
         (index, _) => Ok(Some(index as u64)),
     }
@@ -367,9 +365,7 @@ fn parse_index(value: &[u8]) -> Result<Option<u64>, Stop> {
 
 fn parse_shift(shift: i64) -> Result<u8, Stop> {
     match shift {
-        ..20 => {
-            Err(fail(FAILURE, "Object Size is larger than 2^20. Please set shift bit larger than 20"))
-        }
+        ..20 => Err(fail(FAILURE, "Object Size is larger than 2^20. Please set shift bit larger than 20")),
         20..=31 => Ok(shift as u8),
         _ => Err(fail(FAILURE, "Object Size is limited to 2^31. Please set shift bit lower than 31")),
     }

@@ -32,7 +32,7 @@ pub struct Tree {
     leaves: Vec<Leaf>,
     /// Positions of leaves that changed since they were read or written.
     changed: BTreeSet<usize>,
-    /// Leaves to be given an object when the tree is written.
+    /// Most entries of a leaf.
     limit: usize,
 }
 
@@ -83,8 +83,8 @@ impl Tree {
     /// new entry moves, behind it.
     fn split(&mut self, at: usize) {
         let is_root = self.leaves[at].oid.is_none() && self.leaves.len() == 1;
-        let entries = &mut self.leaves[at].entries;
         let appended = !is_root && at + 1 == self.leaves.len();
+        let entries = &mut self.leaves[at].entries;
         let tail = entries.split_off(if appended { entries.len() - 1 } else { entries.len() / 2 });
         if appended {
             self.leaves.push(Leaf { oid: None, entries: tail });
@@ -112,7 +112,8 @@ impl Tree {
 /// Reads the tree of a VDI whose root begins with `root` (its header).
 pub async fn load(session: &Session, vid: VdiId, root: &[u8]) -> Result<Tree, ReadError> {
     let oid = Oid::inode(vid);
-    let node = load_node(session, oid, TABLE_OFFSET as u64, root).await.map_err(|e| ReadError::Map(oid, e))?;
+    let node =
+        load_node(session, oid, TABLE_OFFSET as u64, root).await.map_err(|e| ReadError::Map(oid, e))?;
     let inner = match node {
         BtreeNode::Leaf(entries) => {
             return Ok(Tree { leaves: vec![Leaf { oid: None, entries }], ..Tree::default() });

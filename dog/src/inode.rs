@@ -1,6 +1,5 @@
 //! Inodes: header and block map, flat or B-tree, read in the pieces that are needed (spec 07, 7.3; spec 01, 12).
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use sheepdog_proto::inode::{INODE_HEADER_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, table, table_offset};

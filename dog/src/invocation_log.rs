@@ -25,7 +25,8 @@ pub fn record(words: &[String]) {
         Some(path) => {
             let time = local_time(now);
             let line = [
-                format!("{} {} {:02} {} : ", time.year, month_name(time.month), time.day, clock(now)).as_bytes(),
+                format!("{} {} {:02} {} : ", time.year, month_name(time.month), time.day, clock(now))
+                    .as_bytes(),
                 &message,
                 b"\n",
             ]

@@ -4,6 +4,9 @@
 //! [`session`], prints through [`out`] and exits. Everything a script can see, that is arguments, streams and exit
 //! statuses, is interface and reproduced exactly; what happens on the wire only has to mean the same.
 
+#[macro_use]
+mod out;
+
 mod args;
 mod btree;
 mod cluster;
@@ -17,7 +20,6 @@ mod nfs;
 mod node;
 mod numbers;
 mod objects;
-mod out;
 mod placement;
 mod session;
 mod start;

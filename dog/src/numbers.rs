@@ -128,10 +128,7 @@ pub fn parse_long(text: &[u8], base: u32) -> (i64, usize) {
         Some(b'+') => (false, start + 1),
         _ => (false, start),
     };
-    if base == 16
-        && starts_with(&text[at..], b"0x")
-        && text.get(at + 2).is_some_and(u8::is_ascii_hexdigit)
-    {
+    if base == 16 && starts_with(&text[at..], b"0x") && text.get(at + 2).is_some_and(u8::is_ascii_hexdigit) {
         at += 2;
     }
     let first = at;

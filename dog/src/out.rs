@@ -67,7 +67,6 @@ pub fn flush() {
 }
 
 /// Appends formatted text to stdout.
-#[macro_export]
 macro_rules! out {
     ($($arg:tt)*) => { $crate::out::write(format!($($arg)*).as_bytes()) };
 }

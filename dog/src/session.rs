@@ -12,9 +12,7 @@ use bytes::Bytes;
 use sheepdog_client::{Address, ClientError, Connection, Reply, Service};
 use sheepdog_proto::cluster::EpochRecord;
 use sheepdog_proto::node::decode_nodes;
-use sheepdog_proto::{
-    ClusterFlags, Epoch, MAX_NODES, NodeId, NodeRecord, Opcode, Request, ResultCode, Wire,
-};
+use sheepdog_proto::{ClusterFlags, Epoch, MAX_NODES, NodeId, NodeRecord, Opcode, Request, ResultCode, Wire};
 use thiserror::Error;
 
 use crate::exit::{Stop, fail};
@@ -188,10 +186,5 @@ impl ClusterView {
             return Err(fail(stop, "This cluster derives vnodes from disks, which is not supported"));
         }
         Ok(ClusterView { nodes, epoch: reply.response.epoch })
-    }
-
-    /// Number of zones that hold data.
-    pub fn zones(&self) -> usize {
-        crate::placement::zones(&self.nodes)
     }
 }

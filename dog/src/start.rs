@@ -47,7 +47,7 @@ pub fn run(words: Vec<String>) -> i32 {
         Ok(()) => 0,
     };
     if show_time {
-        crate::out!("\nElapsed time: {:.3} seconds\n", begin.elapsed().as_secs_f64());
+        out!("\nElapsed time: {:.3} seconds\n", begin.elapsed().as_secs_f64());
     }
     status
 }

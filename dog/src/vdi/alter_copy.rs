@@ -50,9 +50,9 @@ pub async fn run(context: &Context) -> Outcome {
     let name = context.name()?;
     let copies = wanted_copies(context, "vdi")?;
     confirm_copies(context, copies)?;
-    let inode = open(&context.session, name, None, Part::Header).await.map_err(|_| {
-        fail(FAILURE, format_args!("Reading {}'s vdi object failure.", context.arg_text(0)))
-    })?;
+    let inode = open(&context.session, name, None, Part::Header)
+        .await
+        .map_err(|_| fail(FAILURE, format_args!("Reading {}'s vdi object failure.", context.arg_text(0))))?;
     let old = inode.header.nr_copies;
     check_changeable(context, &inode, copies).await?;
     if !context.options.force {

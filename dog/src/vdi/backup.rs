@@ -94,8 +94,7 @@ async fn compare(
     let old = whole_block(session, from, index, block_size).await?;
     let new = whole_block(session, to, index, block_size).await?;
     let Some(range) = difference(&old, &new) else { return Ok(None) };
-    let header =
-        RecordHeader { index: index as u32, offset: range.start as u32, length: range.len() as u32 };
+    let header = RecordHeader { index: index as u32, offset: range.start as u32, length: range.len() as u32 };
     Ok(Some((header, new.slice(range))))
 }
 

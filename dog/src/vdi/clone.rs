@@ -30,7 +30,8 @@ pub async fn run(context: &Context) -> Outcome {
     let base = if options.no_share { VdiId::NONE } else { inode.vid() };
     let vid = new_vdi(session, target, like(&inode.header, base, 0)).await?;
     if copies_data {
-        let clone = open(session, target, None, if inode.is_hyper() { Part::Map } else { Part::Header }).await?;
+        let clone =
+            open(session, target, None, if inode.is_hyper() { Part::Map } else { Part::Header }).await?;
         let blocks = (0..inode.header.nr_blocks()).map(|index| {
             let block = match inode.block(index) {
                 Some(oid) => FillBlock::CopyOf(oid),

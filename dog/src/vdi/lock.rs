@@ -88,9 +88,9 @@ fn participant_state(state: u32) -> String {
 pub async fn unlock(context: &Context) -> Outcome {
     let name = context.name()?;
     let snapshot = context.options.snapshot.as_ref();
-    let vid = lookup(&context.session, name, snapshot)
-        .await
-        .map_err(|e| fail(FAILURE, format_args!("Failed to find VDI {}: {e}", describe(name, snapshot, None))))?;
+    let vid = lookup(&context.session, name, snapshot).await.map_err(|e| {
+        fail(FAILURE, format_args!("Failed to find VDI {}: {e}", describe(name, snapshot, None)))
+    })?;
     let what = describe(name, snapshot, Some(vid));
     let states = states(&context.session).await?;
     let Some(state) = states.get(&vid) else {

@@ -89,11 +89,6 @@ fn pad_left(bytes: &[u8], width: usize) -> Vec<u8> {
     field
 }
 
-/// `<name>` with an ordinary and an EC VDI's number of copies that the present zones can hold.
-fn effective_copies(inode: &Inode, zones: usize) -> usize {
-    usize::from(inode.header.nr_copies).min(zones)
-}
-
 /// The VDI's name as text for a message.
 fn name_text(inode: &Inode) -> String {
     text(inode.header.name()).into_owned()

@@ -3,13 +3,12 @@
 use bytes::Bytes;
 use futures_util::future::join_all;
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{MAX_DATA_OBJS, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
+use sheepdog_proto::{NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, Stop, fail};
 use crate::inode::{Inode, Part, open};
-use crate::out;
-use crate::placement::Ring;
+use crate::{out, placement};
 
 /// Runs `object map`.
 pub async fn map(context: &Context) -> Outcome {
@@ -64,8 +63,7 @@ pub async fn location(context: &Context) -> Outcome {
         },
     };
     ask_everyone(context, oid).await;
-    print_expected(context, oid, copies.into());
-    Ok(())
+    print_expected(context, oid, copies.into())
 }
 
 /// Asks every node whether it has the object; answers are printed in node order.
@@ -96,7 +94,7 @@ async fn ask_everyone(context: &Context, oid: Oid) {
     }
 }
 
-fn print_expected(context: &Context, oid: Oid, copies: usize) {
+fn print_expected(context: &Context, oid: Oid, copies: usize) -> Outcome {
     let nodes = &context.cluster.nodes;
     if nodes.len() < copies {
         out!(
@@ -104,11 +102,10 @@ fn print_expected(context: &Context, oid: Oid, copies: usize) {
              at every nodes.\n",
             nodes.len()
         );
-        return;
+        return Ok(());
     }
-    let places: Vec<String> =
-        Ring::new(nodes).nodes_of(oid, copies).into_iter().map(|i| nodes[i].nid.host_port()).collect();
+    let ring = placement::ring(nodes)?;
+    let places: Vec<String> = ring.nodes_of(oid, copies).map(|node| node.nid.host_port()).collect();
     out!("\nAccording to sheepdog algorithm, the object should be located at:\n{}\n", places.join(" "));
+    Ok(())
 }
-
-const _: () = assert!(MAX_DATA_OBJS <= u32::MAX as usize);

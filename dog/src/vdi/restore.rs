@@ -89,8 +89,7 @@ fn spool(base: &Inode) -> Result<File, Stop> {
             return Err(fail(SYSTEM, "failed to read backup data"));
         }
     }
-    let mut file =
-        output.into_inner().map_err(|e| problem("failed to keep the backup data", e.error()))?;
+    let mut file = output.into_inner().map_err(|e| problem("failed to keep the backup data", e.error()))?;
     file.rewind().map_err(|e| problem("failed to keep the backup data", &e))?;
     Ok(file)
 }
@@ -132,12 +131,7 @@ async fn apply(context: &Context, name: &[u8], base: &Inode, spool: &mut File) -
     written
 }
 
-async fn write_records(
-    context: &Context,
-    inode: &mut Inode,
-    base: &Inode,
-    input: &mut impl Read,
-) -> Outcome {
+async fn write_records(context: &Context, inode: &mut Inode, base: &Inode, input: &mut impl Read) -> Outcome {
     let session = &context.session;
     loop {
         let mut head = [0; RecordHeader::LEN];

@@ -33,9 +33,7 @@ pub async fn run(context: &Context) -> Outcome {
     if context.options.reduce && !owns_objects(context, &inode, name).await? {
         if context.options.verbose {
             let name = text(name);
-            out::log(format_args!(
-                "VDI {name} doesn't have its own objects, skipping creation of snapshot"
-            ));
+            out::log(format_args!("VDI {name} doesn't have its own objects, skipping creation of snapshot"));
         }
         return Ok(());
     }

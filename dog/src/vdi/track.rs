@@ -1,12 +1,12 @@
 //! `dog vdi track` (spec 07, 11.4): where an object belonged in every epoch.
 
-use sheepdog_proto::{Oid, ResultCode};
+use sheepdog_proto::{NodeRecord, Oid, ResultCode};
 
 use crate::cluster::epochs::{self, Epochs};
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, SYSTEM, fail};
 use crate::inode::Part;
-use crate::placement::Ring;
+use crate::placement;
 use crate::vdi::object::open_for_objects;
 
 /// Runs the command.
@@ -35,7 +35,8 @@ pub async fn run(context: &Context) -> Outcome {
             oid
         }
     };
-    let Epochs { result, list } = epochs::fetch(&context.session, &context.cluster).await.map_err(|_| SYSTEM)?;
+    let Epochs { result, list } =
+        epochs::fetch(&context.session, &context.cluster).await.map_err(|_| SYSTEM)?;
     if result != ResultCode::SUCCESS && list.is_empty() {
         return Err(fail(FAILURE, result));
     }
@@ -43,13 +44,13 @@ pub async fn run(context: &Context) -> Outcome {
     for epoch in &list {
         out!("\nobj {oid} locations at epoch {}, copies = {copies}\n", epoch.record.epoch);
         out!("---------------------------------------------------\n");
-        let places = if epoch.nodes.len() < copies {
-            (0..epoch.nodes.len()).collect()
+        let places: Vec<NodeRecord> = if epoch.nodes.len() < copies {
+            epoch.nodes.clone()
         } else {
-            Ring::new(&epoch.nodes).nodes_of(oid, copies)
+            placement::ring(&epoch.nodes)?.nodes_of(oid, copies).copied().collect()
         };
-        for place in places {
-            out!("{}\n", epoch.nodes[place].nid.host_port());
+        for node in places {
+            out!("{}\n", node.nid.host_port());
         }
     }
     Ok(())

@@ -87,7 +87,11 @@ impl Forest {
         for at in 0..count {
             if let Some(parent) = parents[at].filter(|parent| *parent >= at) {
                 // A VDI that is its own ancestor hangs nowhere; show it at the top rather than lose it.
-                if ancestors(&parents, at).any(|a| a == at) { roots.push(at) } else { children[parent].push(at) }
+                if ancestors(&parents, at).any(|a| a == at) {
+                    roots.push(at)
+                } else {
+                    children[parent].push(at)
+                }
             }
         }
         let mut nodes: Vec<Option<Node>> = self.nodes.into_iter().map(|(node, _)| Some(node)).collect();

@@ -48,9 +48,7 @@ enum Problem {
 impl Problem {
     fn report(self) -> Stop {
         match self {
-            Problem::Input(e) => {
-                fail(SYSTEM, format_args!("Failed to read from stdin: {}", errno_text(&e)))
-            }
+            Problem::Input(e) => fail(SYSTEM, format_args!("Failed to read from stdin: {}", errno_text(&e))),
             Problem::Object(oid, e) => {
                 report_write(oid, e);
                 fail(FAILURE, "Failed to write VDI")
@@ -71,7 +69,7 @@ async fn write_all(
     let written = work.map(|(piece, input)| async move {
         let input = input.map_err(Problem::Input)?;
         let created = write_piece(session, before, piece, input, flags, hyper).await?;
-        Ok(created.then_some(piece.index as u32))
+        Ok::<_, Problem>(created.then_some(piece.index as u32))
     });
     let mut written = std::pin::pin!(written.buffered(WRITE_AHEAD));
     while let Some(result) = written.next().await {

@@ -70,7 +70,9 @@ impl Active {
             work.done_early.insert(oid);
         }
         if let Some(waiters) = work.waiters.remove(&oid) {
-            waiters.into_iter().for_each(|w| drop(w.send(())));
+            waiters.into_iter().for_each(|w| {
+                let _ = w.send(());
+            });
         }
     }
 

@@ -47,7 +47,7 @@ impl Bench {
     /// Runs a command to its end and gives what it printed; it must succeed.
     async fn run(&self, program: &str, args: &[&str]) -> String {
         let mut command = Command::new(program);
-        command.args(args);
+        command.args(args).current_dir(self.dir.path());
         let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr);

@@ -365,12 +365,8 @@ async fn a_hypervolume_keeps_its_blocks_across_reopening_and_frees_discarded_one
 async fn a_hypervolume_whose_root_overflows_gets_leaves() {
     const FULL: u32 = sheepdog_proto::btree::MAX_LEAF_ENTRIES as u32;
     let sheep = Arc::new(FakeSheep::new());
-    let new = NewVdi {
-        size: 1 << 50,
-        store_policy: STORE_POLICY_BTREE,
-        block_size_shift: 22,
-        ..NewVdi::default()
-    };
+    let new =
+        NewVdi { size: 1 << 50, store_policy: STORE_POLICY_BTREE, block_size_shift: 22, ..NewVdi::default() };
     let vid = vdi::create(&*sheep, "v", &new).await.unwrap();
     // A root leaf that holds every second block.
     let entries = (0..FULL).map(|i| sheepdog_proto::btree::LeafEntry { idx: 2 * i, vdi_id: vid.get() });

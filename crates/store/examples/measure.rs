@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 use rand::Rng;
 use sheepdog_buffer::PageBuf;
 use sheepdog_proto::{Oid, VdiId};
@@ -37,9 +39,30 @@ fn place(len: u64) -> (Replica, u64) {
     (object(rng.random_range(0..OBJECTS)), rng.random_range(0..SIZE / len) * len)
 }
 
+/// CPU time of this process, in microseconds.
+fn cpu() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).expect("getrusage");
+    [usage.user_time(), usage.system_time()].iter().map(|t| t.num_microseconds() as f64).sum()
+}
+
+/// Operations per second, and CPU microseconds per operation.
+#[derive(Clone, Copy)]
+struct Rate {
+    ops: f64,
+    cpu: f64,
+}
+
+impl Rate {
+    fn new(done: &AtomicU64, start: Instant, cpu_before: f64) -> Rate {
+        let done = done.load(Relaxed) as f64;
+        Rate { ops: done / start.elapsed().as_secs_f64(), cpu: (cpu() - cpu_before) / done }
+    }
+}
+
 /// Open, write synchronously, close, on `depth` threads.
-fn plain(disk: &Path, len: usize, depth: usize) -> f64 {
+fn plain(disk: &Path, len: usize, depth: usize) -> Rate {
     let done = AtomicU64::new(0);
+    let used = cpu();
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..depth {
@@ -62,16 +85,17 @@ fn plain(disk: &Path, len: usize, depth: usize) -> f64 {
             });
         }
     });
-    done.load(Relaxed) as f64 / start.elapsed().as_secs_f64()
+    Rate::new(&done, start, used)
 }
 
-async fn run<F, Fut>(depth: usize, work: F) -> f64
+async fn run<F, Fut>(depth: usize, work: F) -> Rate
 where
     F: Fn() -> Fut + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send,
 {
     let work = Arc::new(work);
     let done = Arc::new(AtomicU64::new(0));
+    let used = cpu();
     let start = Instant::now();
     let tasks: Vec<_> = (0..depth)
         .map(|_| {
@@ -87,10 +111,10 @@ where
     for task in tasks {
         task.await.expect("task");
     }
-    done.load(Relaxed) as f64 / start.elapsed().as_secs_f64()
+    Rate::new(&done, start, used)
 }
 
-async fn stored(store: &Store, len: usize, depth: usize) -> f64 {
+async fn stored(store: &Store, len: usize, depth: usize) -> Rate {
     let (store, data) = (store.clone(), payload(len));
     run(depth, move || {
         let (store, data) = (store.clone(), data.clone());
@@ -102,7 +126,7 @@ async fn stored(store: &Store, len: usize, depth: usize) -> f64 {
     .await
 }
 
-async fn reads(store: &Store, len: usize, depth: usize) -> f64 {
+async fn reads(store: &Store, len: usize, depth: usize) -> Rate {
     let store = store.clone();
     run(depth, move || {
         let store = store.clone();
@@ -118,8 +142,8 @@ async fn reads(store: &Store, len: usize, depth: usize) -> f64 {
     .await
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
+fn median(mut values: Vec<Rate>) -> Rate {
+    values.sort_by(|a, b| a.ops.total_cmp(&b.ops));
     values[values.len() / 2]
 }
 
@@ -149,16 +173,22 @@ async fn main() {
             after.push(stored(&store, len, depth).await);
         }
         let (before, after) = (median(before), median(after));
-        println!("durable write {len:>8} QD{depth:<3} {after:>9.0} op/s = {:.2} of O_DSYNC", after / before);
+        println!(
+            "durable write {len:>8} QD{depth:<3} {:>9.0} op/s = {:.2} of O_DSYNC, CPU {:.0} us/op = {:.2}",
+            after.ops,
+            after.ops / before.ops,
+            after.cpu,
+            after.cpu / before.cpu
+        );
     }
     for (len, depth) in [(4096, 1), (4096, 32), (4 << 20, 1)] {
         reads(&store, 4 << 20, 1).await;
-        println!("warm read     {len:>8} QD{depth:<3} {:>9.0} op/s", reads(&store, len, depth).await);
+        println!("warm read     {len:>8} QD{depth:<3} {:>9.0} op/s", reads(&store, len, depth).await.ops);
     }
     drop(store);
     let store = open(&disk, SyncMode::NoSync);
     for (len, depth) in [(4096, 1), (4096, 32), (4 << 20, 1)] {
-        println!("nosync write  {len:>8} QD{depth:<3} {:>9.0} op/s", stored(&store, len, depth).await);
+        println!("nosync write  {len:>8} QD{depth:<3} {:>9.0} op/s", stored(&store, len, depth).await.ops);
     }
     store.flush().await.expect("flush");
 }

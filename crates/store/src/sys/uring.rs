@@ -27,9 +27,10 @@ pub(crate) struct Ring {
 impl Ring {
     /// A working ring, or `None` where the kernel or a sandbox refuses it.
     pub(crate) fn new() -> Option<Ring> {
+        // Deferred work wakes the thread once per batch instead of once per completion.
         let mut ring = IoUring::builder()
-            .setup_coop_taskrun()
             .setup_single_issuer()
+            .setup_defer_taskrun()
             .build(DEPTH as u32)
             .or_else(|_| IoUring::new(DEPTH as u32))
             .ok()?;

@@ -424,3 +424,33 @@ async fn a_file_system_without_extent_maps_works_too() {
         assert!(bytes.starts_with(&wanted) && bytes[wanted.len()..].iter().all(|b| *b == 0));
     }
 }
+
+/// A linked working file shares its inode with the stale one, so an open handle of it never shows as unlinked.
+#[tokio::test]
+async fn no_handle_of_a_linked_file_outlives_its_working_name() {
+    let dir = Dir::new();
+    let store = dir.open();
+    let r = data_object(1);
+    store.create(r, SIZE, 0, filled(4096, 1)).await.expect("create");
+    store.stash(r, Epoch(2)).await.expect("stash");
+    let relink = async || {
+        assert!(store.link_stale(r, Epoch(2)).await.expect("link"));
+        assert_eq!(content(&store, r).await[0], 1);
+    };
+    relink().await;
+    store.create(r, SIZE, 0, filled(4096, 2)).await.expect("create");
+    assert_eq!(content(&store, r).await[0], 2);
+    store.write(r, SIZE, 0, filled(4096, 3)).await.expect("write");
+    assert_eq!(store.read_stale(r, Epoch(2), 0, 1).await.expect("stale")[..], [1]);
+    store.remove(r).await.expect("remove");
+    relink().await;
+    store.remove(r).await.expect("remove");
+    assert!(matches!(store.read(r, 0, 1).await, Err(StoreError::NoObject)));
+    assert!(store.try_read_cached(r, 0, 1).is_none());
+    relink().await;
+    // The same inode under both names: the working one must go all the same.
+    store.stash(r, Epoch(2)).await.expect("stash");
+    assert!(!store.exists(r) && store.working().is_empty());
+    assert!(matches!(store.write(r, SIZE, 0, filled(4096, 9)).await, Err(StoreError::NoObject)));
+    assert_eq!(store.read_stale(r, Epoch(2), 0, 1).await.expect("stale")[..], [1]);
+}

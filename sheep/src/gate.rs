@@ -1,0 +1,87 @@
+//! The epoch gate: no replica write of an old epoch is still running when a new epoch is served.
+//!
+//! A peer write enters with its epoch and holds its [`Pass`] until it is on disk. Before a new epoch is published the
+//! cluster task closes the gate and waits for the passes given out (the "write drain barrier" of spec 06, 3.4);
+//! otherwise a late write could land in a replica that another node has already copied.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use sheepdog_proto::Epoch;
+use tokio::sync::oneshot;
+
+struct Token(Option<oneshot::Sender<()>>);
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        if let Some(drained) = self.0.take() {
+            let _ = drained.send(());
+        }
+    }
+}
+
+/// Permission to write replicas in one epoch; held until the write is done.
+#[derive(Clone)]
+pub struct Pass {
+    _token: Arc<Token>,
+}
+
+struct Open {
+    epoch: Epoch,
+    token: Arc<Token>,
+    drained: oneshot::Receiver<()>,
+}
+
+/// See the module's documentation.
+#[derive(Default)]
+pub struct Gate {
+    open: Mutex<Option<Open>>,
+}
+
+impl Gate {
+    /// A pass for a write of `epoch`, or `None` while the gate is closed or open for another epoch.
+    pub fn enter(&self, epoch: Epoch) -> Option<Pass> {
+        let open = self.open.lock();
+        let open = open.as_ref().filter(|o| o.epoch == epoch)?;
+        Some(Pass { _token: open.token.clone() })
+    }
+
+    /// Lets nobody in and waits until everybody is out.
+    pub async fn close(&self) {
+        let Some(open) = self.open.lock().take() else { return };
+        drop(open.token);
+        let _ = open.drained.await;
+    }
+
+    /// Lets writes of `epoch` in.
+    pub fn open(&self, epoch: Epoch) {
+        let (sender, drained) = oneshot::channel();
+        *self.open.lock() = Some(Open { epoch, token: Arc::new(Token(Some(sender))), drained });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn closing_waits_for_every_pass_and_refuses_new_ones() {
+        let gate = Arc::new(Gate::default());
+        assert!(gate.enter(Epoch(1)).is_none(), "closed at first");
+        gate.open(Epoch(1));
+        assert!(gate.enter(Epoch(2)).is_none(), "another epoch");
+        let pass = gate.enter(Epoch(1)).expect("open");
+        let closing = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.close().await }
+        });
+        while gate.enter(Epoch(1)).is_some() {
+            tokio::task::yield_now().await;
+        }
+        assert!(!closing.is_finished(), "a pass is out");
+        drop(pass);
+        closing.await.expect("closed");
+        gate.open(Epoch(2));
+        assert!(gate.enter(Epoch(2)).is_some());
+    }
+}

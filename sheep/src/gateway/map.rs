@@ -1,0 +1,124 @@
+//! Updates of block tables, with the reference counting that hangs on them (spec 01, 12.5; spec 05, sections 9, 10).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_proto::header::CoherenceRequest;
+use sheepdog_proto::inode::{self, Gref, INODE_LOOKUP_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, gref_offset};
+use sheepdog_proto::{ClusterFlags, Oid, Opcode, Request, ResultCode, VdiId};
+
+use crate::sheep::Sheep;
+use crate::vdi::locks::Participation;
+use crate::vdi::reclaim::Reference;
+
+/// Offset of `store_policy` in an inode.
+const STORE_POLICY_AT: usize = 553;
+
+/// Whether the VDI's table is a B-tree, whose bytes are no table entries.
+pub async fn is_btree(sheep: &Arc<Sheep>, vid: VdiId) -> Result<bool, ResultCode> {
+    let head = sheep.gateway.read_object(sheep, Oid::inode(vid), 0, INODE_LOOKUP_LEN).await?;
+    Ok(head[STORE_POLICY_AT] == STORE_POLICY_BTREE)
+}
+
+/// One entry that an update changes.
+struct Change {
+    index: u32,
+    old: u32,
+    gref: Gref,
+}
+
+/// Writes table entries: `data` at byte `offset` of the inode, both multiples of 4 and inside the table.
+pub async fn update(sheep: &Arc<Sheep>, vid: VdiId, offset: u64, data: Bytes) -> Result<(), ResultCode> {
+    let oid = Oid::inode(vid);
+    let _serial = sheep.gateway.maps.turn(oid, 0..1, true).await;
+    invalidate_others(sheep, vid).await?;
+    let first = ((offset - TABLE_OFFSET as u64) / 4) as u32;
+    let changes = changes(sheep, oid, first, offset, &data).await?;
+    let own = |c: &Change| inode::table(&data)[(c.index - first) as usize].get() == vid.get();
+    let view = sheep.views.load();
+    if sheep.redundancy(vid, &view).snapshot && changes.iter().any(own) {
+        return Err(ResultCode::READONLY);
+    }
+    sheep.gateway.write_object(sheep, oid, offset, data.clone()).await?;
+    clear_grefs(sheep, oid, &changes).await?;
+    let drops = changes.iter().filter(|c| c.old != 0).map(|c| Reference {
+        data: Oid::data(VdiId::new(c.old), c.index),
+        generation: c.gref.generation.get() as u32,
+        count: c.gref.count.get() as u32,
+    });
+    if view.flags.contains(ClusterFlags::RECYCLE_VID) {
+        for reference in drops {
+            crate::vdi::reclaim::drop_reference(sheep, reference).await;
+        }
+    } else {
+        for reference in drops {
+            sheep.gateway.reclaim.enqueue(reference).await;
+        }
+    }
+    Ok(())
+}
+
+async fn changes(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    first: u32,
+    offset: u64,
+    data: &Bytes,
+) -> Result<Vec<Change>, ResultCode> {
+    let old = sheep.gateway.read_object(sheep, oid, offset, data.len()).await?;
+    let new = inode::table(data);
+    let differing: Vec<usize> =
+        inode::table(&old).iter().zip(new).enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect();
+    let (Some(&low), Some(&high)) = (differing.first(), differing.last()) else { return Ok(Vec::new()) };
+    let span = high - low + 1;
+    let bytes = sheep.gateway.read_object(sheep, oid, gref_offset(first + low as u32), span * 8).await?;
+    let grefs = inode::grefs(&bytes);
+    let change =
+        |i: usize| Change { index: first + i as u32, old: inode::table(&old)[i].get(), gref: grefs[i - low] };
+    Ok(differing.into_iter().map(change).collect())
+}
+
+/// Zeroes the generation references of changed entries, run by run; those that are zero already are left alone.
+async fn clear_grefs(sheep: &Arc<Sheep>, oid: Oid, changes: &[Change]) -> Result<(), ResultCode> {
+    let set: Vec<u32> = changes.iter().filter(|c| c.gref != Gref::default()).map(|c| c.index).collect();
+    for run in set.chunk_by(|a, b| a + 1 == *b) {
+        let zeros = sheepdog_buffer::zeros(run.len() * 8);
+        sheep.gateway.write_object(sheep, oid, gref_offset(run[0]), zeros).await?;
+    }
+    Ok(())
+}
+
+async fn cohere(sheep: &Arc<Sheep>, vid: VdiId, validate: bool) -> ResultCode {
+    let body = CoherenceRequest { vid, validate: validate.into() };
+    let request = Request::new(Opcode::INODE_COHERENCE).with_coherence(body);
+    sheep.cluster.submit(request, Bytes::new()).await.response.result
+}
+
+fn participation(sheep: &Sheep, vid: VdiId) -> Option<Participation> {
+    sheep.vdis.with_lock(vid, |lock| lock.participation(sheep.me)).flatten()
+}
+
+/// Before a table changes, clients of other nodes that share the VDI must learn that theirs is stale.
+async fn invalidate_others(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
+    match participation(sheep, vid) {
+        None | Some(Participation::Modified) => Ok(()),
+        Some(_) => cohere(sheep, vid, false).await.ok(),
+    }
+}
+
+/// After a refresh read the client's inode is current again.
+pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
+    if participation(sheep, vid) == Some(Participation::Invalidated) {
+        let result = cohere(sheep, vid, true).await;
+        if !result.is_ok() {
+            tracing::warn!("{vid:?}: refresh was not announced: {result}");
+        }
+    }
+}
+
+impl super::Gateway {
+    /// Keeps table updates of `vid` out until the value is dropped, and waits for those in progress here.
+    pub async fn map_barrier(&self, vid: VdiId) -> crate::order::Turn {
+        self.maps.turn(Oid::inode(vid), 0..1, true).await
+    }
+}

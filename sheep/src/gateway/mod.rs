@@ -1,0 +1,187 @@
+//! The gateway: client object requests, fanned out to the nodes that store the object (spec 06, sections 3 to 6).
+//!
+//! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
+//! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`replicas`] is a single
+//! attempt in one epoch; [`map`] updates block tables.
+
+pub mod map;
+pub mod object;
+pub mod replicas;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_client::Reply;
+use sheepdog_proto::inode::{GREF_OFFSET, TABLE_OFFSET, is_table_update};
+use sheepdog_proto::{Flags, Oid, Opcode, Request, Response, ResultCode};
+
+use crate::order::Order;
+use crate::peer::check_range;
+use crate::sheep::Sheep;
+use crate::vdi::locks::Participation;
+use crate::vdi::reclaim::Reclaim;
+
+/// Requests in progress at this gateway.
+pub struct Gateway {
+    /// Order of requests per object.
+    order: Order,
+    /// Serialises table updates per VDI.
+    maps: Order,
+    /// References to drop in the background.
+    pub reclaim: Reclaim,
+}
+
+impl Gateway {
+    /// A gateway with nothing in progress.
+    pub fn new(reclaim: Reclaim) -> Gateway {
+        Gateway { order: Order::default(), maps: Order::default(), reclaim }
+    }
+}
+
+/// The inode length that QEMU and tgt read to refresh their cached inode.
+const REFRESH_LEN: usize = GREF_OFFSET;
+
+fn reply(request: &Request, result: ResultCode) -> Reply {
+    Reply::empty(Response::to(request, result))
+}
+
+/// An answer with data.
+pub fn reply_data(request: &Request, data: Bytes) -> Reply {
+    let response = Response { data_length: data.len() as u32, ..Response::to(request, ResultCode::SUCCESS) };
+    Reply { response, data }
+}
+
+/// Executes a gateway request of a client.
+pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
+    let _active = sheep.stats.gateway(&request);
+    match request.opcode {
+        Opcode::READ_OBJ => match read(sheep, &request).await {
+            Ok(data) => reply_data(&request, data),
+            Err(result) => reply(&request, result),
+        },
+        Opcode::WRITE_OBJ | Opcode::CREATE_AND_WRITE_OBJ => {
+            let result = write(sheep, &request, payload).await;
+            reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
+        }
+        Opcode::REMOVE_OBJ => {
+            let result = sheep.gateway.remove_object(sheep, request.obj().oid).await;
+            reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
+        }
+        Opcode::DECREF_OBJ => {
+            let result = sheep.gateway.decref_object(sheep, request.reference()).await;
+            reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
+        }
+        _ => reply(&request, ResultCode::INVALID_PARMS),
+    }
+}
+
+/// A read answered without waiting for anything, if its data is in this node's page cache.
+pub fn try_read_inline(sheep: &Arc<Sheep>, request: &Request) -> Option<Reply> {
+    let body = request.obj();
+    let len = request.data_length as usize;
+    if request.flags.contains(Flags::WRITE) || request.flags.contains(Flags::TGT) {
+        return None;
+    }
+    let view = sheep.views.load();
+    let store = sheep.store.as_ref()?;
+    let redundancy = sheep.redundancy(body.oid.vid(), &view);
+    let size = body.oid.size(redundancy.block_size_shift);
+    if len as u64 > size || object::is_coded(body.oid, &redundancy) {
+        return None;
+    }
+    view.my_position(body.oid, redundancy.copies)?;
+    if !sheep.recovery.is_idle() {
+        return None;
+    }
+    let offset = u64::from(body.offset);
+    let _turn = sheep.gateway.order.try_turn(body.oid, offset..offset + len as u64, false)?;
+    let data = store.try_read_cached(Sheep::replica(body.oid), offset, len)?.ok()?;
+    let _active = sheep.stats.gateway(request);
+    Some(reply_data(request, data))
+}
+
+/// Whether the request must be refused because this node's client holds a stale inode (spec 01, 8.1 and 17.2).
+fn is_invalidated(sheep: &Sheep, request: &Request, oid: Oid) -> bool {
+    request.flags.contains(Flags::TGT)
+        && sheep.vdis.with_lock(oid.vid(), |lock| lock.participation(sheep.me)).flatten()
+            == Some(Participation::Invalidated)
+}
+
+async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode> {
+    let body = request.obj();
+    let refresh = body.oid.is_inode() && body.offset == 0 && request.data_length as usize == REFRESH_LEN;
+    if !refresh && is_invalidated(sheep, request, body.oid) {
+        return Err(ResultCode::INODE_INVALIDATED);
+    }
+    let len = request.data_length as usize;
+    let data = sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await?;
+    if refresh {
+        map::validate_after_refresh(sheep, body.oid.vid()).await;
+    }
+    Ok(data)
+}
+
+async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {
+    let body = request.obj();
+    let oid = body.oid;
+    if !request.flags.contains(Flags::WRITE) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    if is_invalidated(sheep, request, oid) {
+        return Err(ResultCode::INODE_INVALIDATED);
+    }
+    let view = sheep.views.load();
+    let redundancy = sheep.redundancy(oid.vid(), &view);
+    if oid.is_data() && redundancy.snapshot {
+        return Err(ResultCode::READONLY);
+    }
+    let (offset, len) = (u64::from(body.offset), payload.len() as u64);
+    check_range(offset, len, oid.size(redundancy.block_size_shift))?;
+    if request.opcode == Opcode::CREATE_AND_WRITE_OBJ {
+        return if request.flags.contains(Flags::COW) {
+            copy_on_write(sheep, oid, body.cow_oid, offset, payload).await
+        } else {
+            sheep.gateway.create_object(sheep, oid, offset, payload).await
+        };
+    }
+    if oid.is_inode() && offset >= TABLE_OFFSET as u64 && offset < GREF_OFFSET as u64 {
+        if !is_table_update(offset, len) || !offset.is_multiple_of(4) || !len.is_multiple_of(4) {
+            return Err(ResultCode::INVALID_PARMS);
+        }
+        if !map::is_btree(sheep, oid.vid()).await? {
+            return map::update(sheep, oid.vid(), offset, payload).await;
+        }
+    }
+    sheep.gateway.write_object(sheep, oid, offset, payload).await
+}
+
+/// Creates `oid` from the whole of `base`, overlaid by `payload` (spec 06, 6.5).
+async fn copy_on_write(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    base: Oid,
+    offset: u64,
+    payload: Bytes,
+) -> Result<(), ResultCode> {
+    let view = sheep.views.load();
+    let size = sheep.size_of(oid, &view);
+    if payload.len() as u64 == size {
+        return sheep.gateway.create_object(sheep, oid, 0, payload).await;
+    }
+    let base_size = sheep.size_of(base, &view).min(size) as usize;
+    let old = sheep.gateway.read_object(sheep, base, 0, base_size).await?;
+    let mut whole = sheepdog_buffer::PageBuf::dirty(size as usize);
+    whole[..base_size].copy_from_slice(&old);
+    whole[base_size..].fill(0);
+    let at: Range<usize> = offset as usize..offset as usize + payload.len();
+    whole[at].copy_from_slice(&payload);
+    sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
+}
+
+impl Gateway {
+    /// Keeps this gateway's requests to `oid` waiting until the value is dropped.
+    pub async fn hold(&self, oid: Oid) -> crate::order::Turn {
+        self.order.turn(oid, 0..u64::MAX, true).await
+    }
+}

@@ -1,0 +1,205 @@
+//! One attempt at an operation on all replicas, in one epoch (spec 06, sections 5 and 6).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, join_all};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use parking_lot::Mutex;
+use sheepdog_client::Reply;
+use sheepdog_proto::{Epoch, NodeId, Request, ResultCode};
+
+use crate::peer;
+use crate::peers::IO_DEADLINE;
+use crate::sheep::Sheep;
+use crate::view::View;
+
+/// A read that is not answered within this time is also asked of the next replica.
+const HEDGE_AFTER: Duration = Duration::from_secs(1);
+
+/// Why an attempt failed.
+#[derive(Debug, Clone, Copy)]
+pub struct Failure {
+    /// The result.
+    pub code: ResultCode,
+    /// The epoch of the replica that gave it.
+    pub peer_epoch: Epoch,
+}
+
+impl From<ResultCode> for Failure {
+    fn from(code: ResultCode) -> Failure {
+        Failure { code, peer_epoch: Epoch(0) }
+    }
+}
+
+/// Sends one peer request to `node`, which may be this one.
+pub async fn call(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    request: Request,
+    payload: Bytes,
+) -> Result<Reply, Failure> {
+    let reply = if node == sheep.me {
+        let mut reply = peer::execute(sheep, request, payload).await;
+        reply.response.epoch = sheep.views.epoch();
+        reply
+    } else {
+        sheep.peers.call(&node, request, payload, IO_DEADLINE).await.map_err(|error| {
+            tracing::debug!("{node}: {error}");
+            Failure::from(ResultCode::NETWORK_ERROR)
+        })?
+    };
+    if reply.response.result.is_ok() {
+        Ok(reply)
+    } else {
+        Err(Failure { code: reply.response.result, peer_epoch: reply.response.epoch })
+    }
+}
+
+fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Vec<NodeId>, Failure> {
+    let oid = request.obj().oid;
+    let mut nodes: Vec<NodeId> = view.ring.nodes_of(oid, copies.into()).map(|n| n.nid).collect();
+    if nodes.is_empty() {
+        return Err(Failure::from(ResultCode::WAIT_FOR_JOIN));
+    }
+    // Others first: their requests are on the way while this node writes.
+    nodes.sort_by_key(|n| *n == sheep.me);
+    Ok(nodes)
+}
+
+/// The failure that decides: one that a retry cures, or else the last one.
+fn deciding(failures: &[Failure]) -> Option<Failure> {
+    failures.iter().find(|f| f.code.is_retriable()).or(failures.last()).copied()
+}
+
+async fn on_all(
+    sheep: &Arc<Sheep>,
+    nodes: &[NodeId],
+    request: Request,
+    payload: &Bytes,
+) -> Vec<Result<Reply, Failure>> {
+    join_all(nodes.iter().map(|node| call(sheep, *node, request, payload.clone()))).await
+}
+
+/// The operation must succeed on every home.
+pub async fn fan_out(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    request: Request,
+    payload: Bytes,
+    copies: u8,
+) -> Result<(), Failure> {
+    let nodes = homes(sheep, view, &request, copies)?;
+    let results = on_all(sheep, &nodes, request, &payload).await;
+    let failures: Vec<Failure> = results.into_iter().filter_map(Result::err).collect();
+    deciding(&failures).map_or(Ok(()), Err)
+}
+
+/// As [`fan_out`]; `STALE_OBJ` when the object exists on some homes and is missing on others.
+pub async fn write(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    request: Request,
+    payload: Bytes,
+    copies: u8,
+) -> Result<(), Failure> {
+    let nodes = homes(sheep, view, &request, copies)?;
+    let results = on_all(sheep, &nodes, request, &payload).await;
+    let failures: Vec<Failure> = results.iter().filter_map(|r| r.as_ref().err().copied()).collect();
+    let Some(failure) = deciding(&failures) else { return Ok(()) };
+    let missing = failures.iter().all(|f| f.code == ResultCode::NO_OBJ);
+    if missing && failures.len() < nodes.len() { Err(ResultCode::STALE_OBJ.into()) } else { Err(failure) }
+}
+
+/// Gives every home that lacks the object a copy of it.
+pub async fn heal(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    read: Request,
+    create: Request,
+    copies: u8,
+) -> Result<(), Failure> {
+    let nodes = homes(sheep, view, &read, copies)?;
+    let results = on_all(sheep, &nodes, read, &Bytes::new()).await;
+    let good = results.iter().find_map(|r| r.as_ref().ok().map(|reply| reply.data.clone()));
+    let failures: Vec<Failure> = results.iter().filter_map(|r| r.as_ref().err().copied()).collect();
+    if let Some(failure) = failures.iter().find(|f| f.code != ResultCode::NO_OBJ) {
+        return Err(*failure);
+    }
+    let Some(data) = good else { return Err(ResultCode::NO_OBJ.into()) };
+    for (node, result) in nodes.iter().zip(&results) {
+        if result.is_err() {
+            call(sheep, *node, create, data.clone()).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads from this node's replica if there is one, else from the others, beginning anywhere.
+pub async fn read(sheep: &Arc<Sheep>, view: &View, request: Request, copies: u8) -> Result<Bytes, Failure> {
+    let mut nodes = homes(sheep, view, &request, copies)?;
+    let mine = nodes.iter().position(|n| *n == sheep.me).map(|at| nodes.remove(at));
+    let mut failures = Vec::new();
+    if let Some(me) = mine {
+        match call(sheep, me, request, Bytes::new()).await {
+            Ok(reply) => return Ok(reply.data),
+            Err(failure) => failures.push(failure),
+        }
+    }
+    if !nodes.is_empty() {
+        let start = rand::random_range(0..nodes.len());
+        nodes.rotate_left(start);
+    }
+    let mut waiting: FuturesUnordered<BoxFuture<'_, Result<Reply, Failure>>> = FuturesUnordered::new();
+    let mut next = nodes.into_iter();
+    loop {
+        if waiting.is_empty() {
+            let Some(node) = next.next() else { break };
+            waiting.push(Box::pin(call(sheep, node, request, Bytes::new())));
+        }
+        match tokio::time::timeout(HEDGE_AFTER, waiting.next()).await {
+            Ok(Some(Ok(reply))) => return Ok(reply.data),
+            Ok(Some(Err(failure))) => failures.push(failure),
+            Ok(None) => {}
+            Err(_) => match next.next() {
+                Some(node) => waiting.push(Box::pin(call(sheep, node, request, Bytes::new()))),
+                None => match waiting.next().await {
+                    Some(Ok(reply)) => return Ok(reply.data),
+                    Some(Err(failure)) => failures.push(failure),
+                    None => {}
+                },
+            },
+        }
+    }
+    Err(deciding(&failures).unwrap_or(ResultCode::NETWORK_ERROR.into()))
+}
+
+/// Drops a reference on every home that is not in `done` yet. A home whose answer is lost may or may not have done it:
+/// the attempt ends there for good.
+pub async fn decref(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    request: Request,
+    copies: u8,
+    done: &Mutex<Vec<NodeId>>,
+) -> Result<(), Failure> {
+    let nodes = homes(sheep, view, &request, copies)?;
+    let nodes: Vec<NodeId> = nodes.into_iter().filter(|n| !done.lock().contains(n)).collect();
+    let results = on_all(sheep, &nodes, request, &Bytes::new()).await;
+    let mut failures = Vec::new();
+    for (node, result) in nodes.iter().zip(results) {
+        match result {
+            Ok(_) => done.lock().push(*node),
+            Err(failure) if failure.code == ResultCode::NETWORK_ERROR => {
+                tracing::warn!(
+                    "{}: outcome of a reference drop on {node} is unknown, leaving it",
+                    request.obj().oid
+                );
+                done.lock().push(*node);
+            }
+            Err(failure) => failures.push(failure),
+        }
+    }
+    deciding(&failures).map_or(Ok(()), Err)
+}

@@ -1,0 +1,166 @@
+//! Peer operations: one replica on this node's disks, fenced by the epoch (spec 06, sections 3.4 and 7).
+//!
+//! The same functions serve requests of other sheep and this node's own replica, which a gateway reaches without a
+//! socket. A request of an older epoch is refused, one of a newer epoch waits, one whose object is still to be
+//! recovered here waits for that (creates are complete in themselves and do not).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_client::Reply;
+use sheepdog_proto::{Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_store::StoreError;
+
+use crate::gate::Pass;
+use crate::sheep::Sheep;
+use crate::vdi::reclaim;
+use crate::view::View;
+
+fn failed(request: &Request, result: ResultCode) -> Reply {
+    Reply::empty(Response::to(request, result))
+}
+
+/// Waits until a request of `epoch` may run: `Err` = refused because the epoch is over.
+async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
+    loop {
+        let view = sheep.views.load();
+        if request.epoch.is_before(view.epoch) {
+            tracing::debug!("old node version {}, {} ({})", view.epoch, request.epoch, request.opcode);
+            return Err(ResultCode::OLD_NODE_VER);
+        }
+        if view.epoch.is_before(request.epoch) {
+            tracing::debug!("new node version {}, {} ({})", view.epoch, request.epoch, request.opcode);
+            sheep.views.changed_from(&view).await;
+            continue;
+        }
+        let exempt =
+            request.flags.contains(Flags::RECOVERY) || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
+        if exempt || sheep.recovery.ready(sheep, oid, &view).await {
+            return Ok(view);
+        }
+    }
+}
+
+/// As [`admit`], and additionally holds the epoch until the pass is dropped.
+async fn admit_write(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+) -> Result<(Arc<View>, Pass), ResultCode> {
+    loop {
+        let view = admit(sheep, request, oid).await?;
+        match sheep.gate.enter(request.epoch) {
+            Some(pass) => return Ok((view, pass)),
+            // The gate closes shortly before the view changes.
+            None => {
+                sheep.views.changed_from(&view).await;
+            }
+        }
+    }
+}
+
+/// Executes a peer request.
+pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
+    let _active = sheep.stats.peer(&request);
+    let outcome = match request.opcode {
+        Opcode::READ_PEER => return read(sheep, &request).await,
+        Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER => write(sheep, &request, payload).await,
+        Opcode::REMOVE_PEER => remove(sheep, &request).await,
+        Opcode::DECREF_PEER => decref(sheep, &request).await,
+        _ => Err(ResultCode::INVALID_PARMS),
+    };
+    failed(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
+}
+
+/// The range of a request inside its object, or why it is refused.
+pub fn check_range(offset: u64, len: u64, size: u64) -> Result<(), ResultCode> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(ResultCode::INVALID_PARMS),
+    }
+}
+
+async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    match read_data(sheep, request).await {
+        Ok(data) => Reply {
+            response: Response {
+                data_length: data.len() as u32,
+                ..Response::to(request, ResultCode::SUCCESS)
+            },
+            data,
+        },
+        Err(result) => failed(request, result),
+    }
+}
+
+async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode> {
+    let body = request.obj();
+    if request.flags.contains(Flags::WRITE) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    let view = admit(sheep, request, body.oid).await?;
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let size = sheep.size_of(body.oid, &view);
+    let len = request.data_length as usize;
+    if len as u64 > size {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    let replica = Sheep::replica(body.oid);
+    let recovering = request.flags.contains(Flags::RECOVERY);
+    let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
+    match store.read(replica, body.offset.into(), len).await {
+        Err(StoreError::NoObject) => {}
+        other => return other.map_err(|e| fault(sheep, &e)),
+    }
+    let epoch = if recovering { body.tgt_epoch } else { request.epoch };
+    let wanted = request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
+    if !wanted || epoch == Epoch(0) {
+        return Err(ResultCode::NO_OBJ);
+    }
+    let stale = store.read_stale(replica, epoch, body.offset.into(), len).await;
+    stale.map_err(|e| fault(sheep, &e))
+}
+
+async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {
+    let body = request.obj();
+    if !request.flags.contains(Flags::WRITE) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    let (view, _pass) = admit_write(sheep, request, body.oid).await?;
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let size = sheep.size_of(body.oid, &view);
+    check_range(body.offset.into(), payload.len() as u64, size)?;
+    let replica = Sheep::replica(body.oid);
+    let done = if request.opcode == Opcode::WRITE_PEER {
+        store.write(replica, size, body.offset.into(), payload).await
+    } else {
+        store.create(replica, size, body.offset.into(), payload).await
+    };
+    done.map_err(|e| crate::faults::peer_result(sheep, &e))
+}
+
+async fn remove(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {
+    let oid = request.obj().oid;
+    let (_view, _pass) = admit_write(sheep, request, oid).await?;
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    store.remove(Sheep::replica(oid)).await.map_err(|e| crate::faults::peer_result(sheep, &e))
+}
+
+async fn decref(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {
+    let body = request.reference();
+    let remove_data = {
+        let (view, _pass) = admit_write(sheep, request, body.oid).await?;
+        let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+        let last = reclaim::drop_in_ledger(sheep, store, &body).await?;
+        last && view.my_position(body.oid, sheep.copies_of(body.oid, &view)) == Some(0)
+    };
+    if remove_data {
+        // Outside the pass: this is a request to other nodes, and may wait for the next epoch.
+        let data = body.oid.data_of_ledger();
+        match sheep.gateway.remove_object(sheep, data).await {
+            Ok(()) | Err(ResultCode::NO_OBJ) => {}
+            Err(code) => tracing::warn!("{data} has no references left but was not removed: {code}"),
+        }
+    }
+    Ok(())
+}

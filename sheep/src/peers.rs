@@ -1,0 +1,114 @@
+//! Connections to other sheep: few, pipelined, re-made with back-off.
+//!
+//! Each peer has one connection for small requests and one for large ones, so that a 4 MiB transfer does not delay a
+//! 4 KiB write. A request that is not answered within its deadline closes the connection: the peer drops what it has
+//! not begun, and everything in flight there is tried again by its gateway (spec 06, sections 6.2 and 8).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use sheepdog_client::{Address, ClientError, Connection, Reply};
+use sheepdog_proto::{NodeId, Request};
+use tokio::sync::Mutex as AsyncMutex;
+
+/// Payloads or replies of at least this many bytes use the second connection.
+const LARGE: usize = 128 << 10;
+/// After a failed connect nobody tries again for this long.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// Deadline of a replica write or read, above what a busy disk needs.
+pub const IO_DEADLINE: Duration = Duration::from_secs(30);
+
+#[derive(Default)]
+struct Slot {
+    connection: Option<Connection>,
+    failed_at: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Peer {
+    slots: [AsyncMutex<Slot>; 2],
+    /// Copies of the connections, to use without waiting and to close from outside.
+    live: Mutex<[Option<Connection>; 2]>,
+}
+
+/// All peers of this node.
+#[derive(Default)]
+pub struct Peers {
+    map: Mutex<HashMap<NodeId, Arc<Peer>>>,
+}
+
+impl Peers {
+    fn peer(&self, node: &NodeId) -> Arc<Peer> {
+        self.map.lock().entry(*node).or_default().clone()
+    }
+
+    /// Closes the connections to a node that left; what is in flight there fails at once.
+    pub fn forget(&self, node: &NodeId) {
+        if let Some(peer) = self.map.lock().remove(node) {
+            peer.live.lock().iter().flatten().for_each(Connection::close);
+        }
+    }
+
+    /// Sends a request to `node` and waits for the answer, at most `deadline`.
+    pub async fn call(
+        &self,
+        node: &NodeId,
+        request: Request,
+        payload: Bytes,
+        deadline: Duration,
+    ) -> Result<Reply, ClientError> {
+        let large = payload.len().max(request.reply_capacity()) >= LARGE;
+        let connection = self.connection(node, large.into()).await?;
+        let id = request.id;
+        let answer = connection.start(request, payload);
+        match tokio::time::timeout(deadline, answer).await {
+            Ok(Ok(reply)) => reply.map(|mut r| {
+                r.response.id = id;
+                r
+            }),
+            Ok(Err(_)) => Err(ClientError::Lost("connection dropped".into())),
+            Err(_) => {
+                connection.close();
+                Err(ClientError::Lost(format!("no answer from {node} within {} s", deadline.as_secs())))
+            }
+        }
+    }
+
+    async fn connection(&self, node: &NodeId, slot: usize) -> Result<Connection, ClientError> {
+        let peer = self.peer(node);
+        if let Some(connection) = peer.live.lock()[slot].as_ref().filter(|c| !c.is_dead()) {
+            return Ok(connection.clone());
+        }
+        let mut state = peer.slots[slot].lock().await;
+        if let Some(connection) = state.connection.as_ref().filter(|c| !c.is_dead()) {
+            return Ok(connection.clone());
+        }
+        if state.failed_at.is_some_and(|at| at.elapsed() < RETRY_AFTER) {
+            return Err(ClientError::Lost(format!("{node} is not reachable")));
+        }
+        match connect(node).await {
+            Ok(connection) => {
+                *state = Slot { connection: Some(connection.clone()), failed_at: None };
+                peer.live.lock()[slot] = Some(connection.clone());
+                Ok(connection)
+            }
+            Err(error) => {
+                *state = Slot { connection: None, failed_at: Some(Instant::now()) };
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Connects to the I/O address first, if the node announced one.
+async fn connect(node: &NodeId) -> Result<Connection, ClientError> {
+    if let Some(io) = node.io_socket_addr()
+        && let Ok(connection) = Connection::connect(&Address::from(io)).await
+    {
+        return Ok(connection);
+    }
+    Connection::connect(&Address::from(node.socket_addr())).await
+}

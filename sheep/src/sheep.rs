@@ -1,0 +1,109 @@
+//! [`Sheep`]: what all parts of a running daemon share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use sheepdog_proto::{NodeId, Oid, VdiId};
+use sheepdog_store::{MetaDir, Replica, Store};
+use tokio::sync::Notify;
+
+use crate::cluster::ClusterHandle;
+use crate::gate::Gate;
+use crate::gateway::Gateway;
+use crate::peers::Peers;
+use crate::recovery::Recovery;
+use crate::stats::Stats;
+use crate::vdi::table::{Redundancy, VdiTable};
+use crate::view::{View, Views};
+
+/// A running daemon. Owned by nobody in particular: every task holds an `Arc`.
+pub struct Sheep {
+    /// This node's identity.
+    pub me: NodeId,
+    /// The current view of the cluster.
+    pub views: Views,
+    /// Fences replica writes by epoch.
+    pub gate: Gate,
+    /// Objects; `None` on a gateway.
+    pub store: Option<Store>,
+    /// Configuration and epoch logs.
+    pub meta: Arc<MetaDir>,
+    /// What is known of every VDI.
+    pub vdis: VdiTable,
+    /// Connections to other sheep.
+    pub peers: Peers,
+    /// State of object requests in progress here.
+    pub gateway: Gateway,
+    /// Asks the cluster task for cluster operations.
+    pub cluster: ClusterHandle,
+    /// The recovery task.
+    pub recovery: Recovery,
+    /// Counters.
+    pub stats: Stats,
+    /// Requests in progress, and how to learn that there are none.
+    pub outstanding: Outstanding,
+}
+
+/// Counts client requests in progress; the daemon ends when it is told to and there are none (spec 04, 17.6).
+#[derive(Default)]
+pub struct Outstanding {
+    count: AtomicUsize,
+    none: Notify,
+}
+
+/// One request in progress.
+pub struct InProgress(Arc<Sheep>);
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        if self.0.outstanding.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.outstanding.none.notify_waiters();
+        }
+    }
+}
+
+impl Outstanding {
+    /// Waits until no request is in progress.
+    pub async fn none(&self) {
+        loop {
+            let woken = self.none.notified();
+            if self.count.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            woken.await;
+        }
+    }
+}
+
+impl Sheep {
+    /// Counts a request as in progress until the value is dropped.
+    pub fn begin(self: &Arc<Self>) -> InProgress {
+        self.outstanding.count.fetch_add(1, Ordering::AcqRel);
+        InProgress(self.clone())
+    }
+
+    /// How the objects of a VDI are stored.
+    pub fn redundancy(&self, vid: VdiId, view: &View) -> Redundancy {
+        self.vdis.redundancy(vid, view)
+    }
+
+    /// Copies and block size that placement and the store use for `oid`.
+    pub fn copies_of(&self, oid: Oid, view: &View) -> u8 {
+        self.redundancy(oid.vid(), view).copies
+    }
+
+    /// Bytes of a whole replica of `oid`.
+    pub fn size_of(&self, oid: Oid, view: &View) -> u64 {
+        oid.size(self.redundancy(oid.vid(), view).block_size_shift)
+    }
+
+    /// Whether this node is at home for `oid` in `view`.
+    pub fn is_home(&self, oid: Oid, view: &View) -> bool {
+        self.store.is_some() && view.my_position(oid, self.copies_of(oid, view)).is_some()
+    }
+
+    /// The store's name for a replicated object.
+    pub fn replica(oid: Oid) -> Replica {
+        Replica { oid, strip: None }
+    }
+}

@@ -1,0 +1,544 @@
+//! The VDI state table: what is known of every vid without reading its inode (spec 05, sections 2 and 15).
+//!
+//! Changed only by the cluster task (in event order, so equal on all nodes) and by the start-up scan; read by every
+//! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use sheepdog_proto::inode::InodeHeader;
+use sheepdog_proto::vdi_state::{self, VdiState};
+use sheepdog_proto::{
+    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId,
+};
+
+use super::locks::Lock;
+
+/// One VDI.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Copies, or data plus parity strips.
+    pub nr_copies: u8,
+    /// Policy byte.
+    pub copy_policy: u8,
+    /// log2 of the block size.
+    pub block_size_shift: u8,
+    /// Its data objects are read-only.
+    pub snapshot: bool,
+    /// It was deleted.
+    pub deleted: bool,
+    /// What it was derived from.
+    pub parent: VdiId,
+    /// Who holds it.
+    pub lock: Lock,
+}
+
+/// How the objects of a VDI are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Redundancy {
+    /// Copies, or data plus parity strips.
+    pub copies: u8,
+    /// Replication or erasure code.
+    pub policy: CopyPolicy,
+    /// log2 of the block size.
+    pub block_size_shift: u8,
+    /// Whether writes of data objects are refused.
+    pub snapshot: bool,
+    /// Whether the table knows the VDI; if not, the cluster's defaults were filled in.
+    pub known: bool,
+}
+
+/// 2^24 bits.
+struct Bitmap(Box<[u8]>);
+
+impl Bitmap {
+    fn new() -> Bitmap {
+        Bitmap(vec![0; VDI_BITMAP_LEN].into())
+    }
+
+    fn get(&self, vid: usize) -> bool {
+        self.0[vid / 8] & (1 << (vid % 8)) != 0
+    }
+
+    fn set(&mut self, vid: usize, value: bool) {
+        if value {
+            self.0[vid / 8] |= 1 << (vid % 8);
+        } else {
+            self.0[vid / 8] &= !(1 << (vid % 8));
+        }
+    }
+
+    /// First zero bit at or above `from`, or 2^24.
+    fn next_zero(&self, from: usize) -> usize {
+        let mut vid = from;
+        while vid < NR_VDIS {
+            if vid.is_multiple_of(8) && self.0[vid / 8] == 0xff {
+                vid += 8;
+            } else if self.get(vid) {
+                vid += 1;
+            } else {
+                break;
+            }
+        }
+        vid
+    }
+
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().enumerate().filter(|(_, byte)| **byte != 0).flat_map(|(i, byte)| {
+            (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i * 8 + bit)
+        })
+    }
+}
+
+struct Tables {
+    in_use: Bitmap,
+    deleted: Bitmap,
+    entries: BTreeMap<VdiId, Entry>,
+    /// Announced vids whose inode could not be written: not told to joiners.
+    phantoms: BTreeSet<VdiId>,
+}
+
+/// See the module's documentation.
+pub struct VdiTable {
+    tables: RwLock<Tables>,
+    /// Copies of the table for nodes that join (spec 05, section 18), by epoch.
+    checkpoints: Mutex<BTreeMap<Epoch, Vec<VdiState>>>,
+    /// This node is still learning lock states.
+    collecting: AtomicBool,
+    max_shift: AtomicU8,
+}
+
+/// Checkpoints kept at most; older ones are of joiners that never came back for them.
+const MAX_CHECKPOINTS: usize = 8;
+
+/// Where a name's VDIs are and which id a new one takes (spec 05, section 2).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeRange {
+    /// Vids to look at, in the order to look at them.
+    pub candidates: Vec<VdiId>,
+    /// The free id, if there is one.
+    pub free: Option<VdiId>,
+}
+
+impl Default for VdiTable {
+    fn default() -> Self {
+        VdiTable {
+            tables: RwLock::new(Tables {
+                in_use: Bitmap::new(),
+                deleted: Bitmap::new(),
+                entries: BTreeMap::new(),
+                phantoms: BTreeSet::new(),
+            }),
+            checkpoints: Mutex::default(),
+            collecting: AtomicBool::new(false),
+            max_shift: AtomicU8::new(DEFAULT_BLOCK_SHIFT),
+        }
+    }
+}
+
+impl VdiTable {
+    /// Forgets everything (MAKE_FS).
+    pub fn clear(&self) {
+        let fresh = VdiTable::default().tables.into_inner();
+        *self.tables.write() = fresh;
+        self.checkpoints.lock().clear();
+    }
+
+    fn note_shift(&self, shift: u8) {
+        self.max_shift.fetch_max(shift.min(MAX_BLOCK_SHIFT), Ordering::Relaxed);
+    }
+
+    /// Adds what an inode on this node's disks says.
+    pub fn add_inode(&self, header: &InodeHeader, vid: VdiId) {
+        self.note_shift(header.block_size_shift);
+        let mut t = self.tables.write();
+        t.in_use.set(vid.get() as usize, true);
+        if header.is_deleted() {
+            t.deleted.set(vid.get() as usize, true);
+        }
+        t.merge(
+            vid,
+            Entry {
+                nr_copies: header.nr_copies,
+                copy_policy: header.copy_policy,
+                block_size_shift: header.block_size_shift,
+                snapshot: header.is_snapshot(),
+                deleted: header.is_deleted(),
+                parent: header.parent_vdi_id,
+                lock: Lock::Unlocked,
+            },
+            Merge::Known,
+        );
+    }
+
+    /// Adds a record fetched from another node. `from_joiner`: it must not override what is known here.
+    pub fn add_record(&self, record: &VdiState, from_joiner: bool) {
+        if record.vid.is_none() || CopyPolicy::from_byte(record.copy_policy).is_err() {
+            return;
+        }
+        self.note_shift(record.block_size_shift);
+        let mut t = self.tables.write();
+        let bit = record.vid.get() as usize;
+        t.in_use.set(bit, true);
+        if record.deleted != 0 {
+            t.deleted.set(bit, true);
+        }
+        let entry = Entry {
+            nr_copies: record.nr_copies,
+            copy_policy: record.copy_policy,
+            block_size_shift: record.block_size_shift,
+            snapshot: record.snapshot != 0,
+            deleted: record.deleted != 0,
+            parent: record.parent_vid,
+            lock: Lock::Unlocked,
+        };
+        t.merge(record.vid, entry, if from_joiner { Merge::Known } else { Merge::Theirs });
+    }
+
+    /// NOTIFY_VDI_ADD: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
+    pub fn announce(&self, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
+        self.note_shift(redundancy.block_size_shift);
+        let mut t = self.tables.write();
+        if let Some(entry) = t.entries.get_mut(&old) {
+            entry.snapshot = true;
+        }
+        if new.is_none() {
+            return;
+        }
+        if set_bitmap {
+            t.in_use.set(new.get() as usize, true);
+        }
+        t.phantoms.remove(&new);
+        let lock = t.entries.get(&new).map_or(Lock::Unlocked, |e| e.lock.clone());
+        t.entries.insert(
+            new,
+            Entry {
+                nr_copies: redundancy.copies,
+                copy_policy: redundancy.policy.to_byte(),
+                block_size_shift: redundancy.block_size_shift,
+                snapshot: false,
+                deleted: false,
+                parent: old,
+                lock,
+            },
+        );
+    }
+
+    /// Remembers that `vid` was announced but has no inode.
+    pub fn mark_phantom(&self, vid: VdiId) {
+        self.tables.write().phantoms.insert(vid);
+    }
+
+    /// Sets the in-use bit (NEW_VDI).
+    pub fn set_in_use(&self, vid: VdiId) {
+        self.tables.write().in_use.set(vid.get() as usize, true);
+    }
+
+    /// Sets the deleted bit and flag (DEL_VDI).
+    pub fn set_deleted(&self, vid: VdiId) {
+        let mut t = self.tables.write();
+        t.deleted.set(vid.get() as usize, true);
+        if let Some(entry) = t.entries.get_mut(&vid) {
+            entry.deleted = true;
+        }
+    }
+
+    /// ALTER_VDI_COPY.
+    pub fn alter_copies(&self, vid: VdiId, copies: u8, block_size_shift: u8) {
+        if let Some(entry) = self.tables.write().entries.get_mut(&vid) {
+            entry.nr_copies = copies;
+            entry.block_size_shift = block_size_shift;
+        }
+    }
+
+    /// Forgets a vid for good (-R).
+    pub fn recycle(&self, vid: VdiId) {
+        let mut t = self.tables.write();
+        t.in_use.set(vid.get() as usize, false);
+        t.deleted.set(vid.get() as usize, false);
+        t.entries.remove(&vid);
+    }
+
+    /// The family of `vid` (everything connected by parents) if every member is deleted (spec 05, section 12).
+    pub fn dead_family(&self, vid: VdiId) -> Option<Vec<VdiId>> {
+        let t = self.tables.read();
+        let mut root = vid;
+        let mut seen = BTreeSet::new();
+        while let Some(entry) = t.entries.get(&root) {
+            if !seen.insert(root) || entry.parent.is_none() || !t.entries.contains_key(&entry.parent) {
+                break;
+            }
+            root = entry.parent;
+        }
+        let mut family = vec![root];
+        let mut at = 0;
+        while at < family.len() {
+            let parent = family[at];
+            let children = t.entries.iter().filter(|(v, e)| e.parent == parent && !family.contains(v));
+            let children: Vec<VdiId> = children.map(|(v, _)| *v).collect();
+            family.extend(children);
+            at += 1;
+        }
+        family.iter().all(|v| t.entries.get(v).is_some_and(|e| e.deleted)).then_some(family)
+    }
+
+    /// One entry.
+    pub fn get(&self, vid: VdiId) -> Option<Entry> {
+        self.tables.read().entries.get(&vid).cloned()
+    }
+
+    /// Runs `change` on a VDI's lock; `None` if the vid is unknown.
+    pub fn with_lock<T>(&self, vid: VdiId, change: impl FnOnce(&mut Lock) -> T) -> Option<T> {
+        self.tables.write().entries.get_mut(&vid).map(|e| change(&mut e.lock))
+    }
+
+    /// Runs `change` on every lock (a node left).
+    pub fn for_each_lock(&self, mut change: impl FnMut(&mut Lock)) {
+        self.tables.write().entries.values_mut().for_each(|e| change(&mut e.lock));
+    }
+
+    /// Every known vid, ascending.
+    pub fn vids(&self) -> Vec<VdiId> {
+        self.tables.read().entries.keys().copied().collect()
+    }
+
+    /// How the objects of `vid` are stored, with defaults from the cluster for an unknown one.
+    pub fn redundancy(&self, vid: VdiId, view: &crate::view::View) -> Redundancy {
+        let t = self.tables.read();
+        match t.entries.get(&vid) {
+            Some(e) => Redundancy {
+                copies: e.nr_copies,
+                policy: CopyPolicy::from_byte(e.copy_policy).unwrap_or_default(),
+                block_size_shift: e.block_size_shift,
+                snapshot: e.snapshot,
+                known: true,
+            },
+            None => Redundancy {
+                copies: view.nr_copies,
+                policy: CopyPolicy::from_byte(view.copy_policy).unwrap_or_default(),
+                block_size_shift: view.block_size_shift,
+                snapshot: false,
+                known: false,
+            },
+        }
+    }
+
+    /// Largest block size of any VDI, as a power of two.
+    pub fn max_block_shift(&self) -> u8 {
+        self.max_shift.load(Ordering::Relaxed)
+    }
+
+    /// The bitmap of READ_VDIS.
+    pub fn in_use_bitmap(&self) -> Vec<u8> {
+        self.tables.read().in_use.0.to_vec()
+    }
+
+    /// The bitmap of READ_DEL_VDIS.
+    pub fn deleted_bitmap(&self) -> Vec<u8> {
+        self.tables.read().deleted.0.to_vec()
+    }
+
+    /// Most data strips of any VDI: stale objects are kept while there are fewer zones (spec 06, 10.8).
+    pub fn max_data_strips(&self) -> usize {
+        let t = self.tables.read();
+        let strips = |e: &Entry| CopyPolicy::from_byte(e.copy_policy).map_or(1, |p| p.data_strips());
+        t.entries.values().map(strips).max().unwrap_or(1).into()
+    }
+
+    /// The records of GET_VDI_COPIES, ascending.
+    pub fn records(&self) -> Vec<VdiState> {
+        let t = self.tables.read();
+        let told = t.entries.iter().filter(|(vid, _)| !t.phantoms.contains(vid));
+        told.map(|(vid, entry)| entry.record(*vid)).collect()
+    }
+
+    /// Keeps a copy of the table for a node that joins at `epoch` + 1.
+    pub fn take_checkpoint(&self, epoch: Epoch) {
+        let records = self.records();
+        let mut checkpoints = self.checkpoints.lock();
+        checkpoints.entry(epoch).or_insert(records);
+        while checkpoints.len() > MAX_CHECKPOINTS {
+            checkpoints.pop_first();
+        }
+    }
+
+    /// Forgets a checkpoint, if there is one.
+    pub fn free_checkpoint(&self, epoch: Epoch) {
+        self.checkpoints.lock().remove(&epoch);
+    }
+
+    /// A VDI's record in a checkpoint.
+    pub fn checkpoint_record(&self, epoch: Epoch, vid: VdiId) -> Result<VdiState, ResultCode> {
+        let checkpoints = self.checkpoints.lock();
+        let records = checkpoints.get(&epoch).ok_or(ResultCode::AGAIN)?;
+        let record = records.iter().find(|r| r.vid == vid).ok_or(ResultCode::NO_CHECKPOINT_ENTRY)?;
+        Ok(VdiState { parent_vid: VdiId::NONE, ..*record })
+    }
+
+    /// Whether lock states are still being learned.
+    pub fn is_collecting(&self) -> bool {
+        self.collecting.load(Ordering::Acquire)
+    }
+
+    /// Says whether lock states are still being learned.
+    pub fn set_collecting(&self, collecting: bool) {
+        self.collecting.store(collecting, Ordering::Release);
+    }
+
+    /// Probe range of a name (spec 05, section 2).
+    pub fn probe(&self, name_hash: u32) -> ProbeRange {
+        let t = self.tables.read();
+        let left = (name_hash as usize).max(1);
+        let right = t.in_use.next_zero(left);
+        let known = |v: &usize| t.in_use.get(*v) || t.deleted.get(*v);
+        let vid = |v: usize| VdiId::new(v as u32);
+        if right < NR_VDIS {
+            let candidates = (left..right).rev().filter(known).map(vid).collect();
+            return ProbeRange { candidates, free: Some(vid(right)) };
+        }
+        let wrapped = t.in_use.next_zero(1);
+        let low = (1..wrapped.min(left)).rev();
+        let high = (left..NR_VDIS).rev();
+        let free = (wrapped < NR_VDIS).then(|| vid(wrapped));
+        ProbeRange { candidates: low.chain(high).filter(known).map(vid).collect(), free }
+    }
+
+    /// Probe range under -R: every id, highest first; the lowest free id.
+    pub fn probe_recycled(&self) -> ProbeRange {
+        let t = self.tables.read();
+        let mut all: Vec<usize> = t.in_use.iter().chain(t.deleted.iter()).collect();
+        all.sort_unstable();
+        all.dedup();
+        let free = t.in_use.next_zero(1);
+        ProbeRange {
+            candidates: all.into_iter().rev().map(|v| VdiId::new(v as u32)).collect(),
+            free: (free < NR_VDIS).then(|| VdiId::new(free as u32)),
+        }
+    }
+}
+
+#[derive(PartialEq)]
+enum Merge {
+    /// What is known here wins; flags only rise.
+    Known,
+    /// The other node's copies, policy and block size win; flags only rise.
+    Theirs,
+}
+
+impl Tables {
+    fn merge(&mut self, vid: VdiId, new: Entry, rule: Merge) {
+        let Some(old) = self.entries.get_mut(&vid) else {
+            self.entries.insert(vid, new);
+            return;
+        };
+        old.snapshot |= new.snapshot;
+        old.deleted |= new.deleted;
+        if rule == Merge::Theirs {
+            old.nr_copies = new.nr_copies;
+            old.copy_policy = new.copy_policy;
+            old.block_size_shift = new.block_size_shift;
+            if !new.parent.is_none() {
+                old.parent = new.parent;
+            }
+        }
+    }
+}
+
+impl Entry {
+    fn record(&self, vid: VdiId) -> VdiState {
+        let mut record = VdiState {
+            vid,
+            nr_copies: self.nr_copies,
+            snapshot: self.snapshot.into(),
+            deleted: self.deleted.into(),
+            copy_policy: self.copy_policy,
+            block_size_shift: self.block_size_shift,
+            parent_vid: self.parent,
+            lock_state: vdi_state::UNLOCKED,
+            ..VdiState::zeroed()
+        };
+        self.lock.write_to(&mut record);
+        record
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rep(copies: u8) -> Redundancy {
+        Redundancy {
+            copies,
+            policy: CopyPolicy::REPLICATED,
+            block_size_shift: 22,
+            snapshot: false,
+            known: true,
+        }
+    }
+
+    fn vid(v: u32) -> VdiId {
+        VdiId::new(v)
+    }
+
+    #[test]
+    fn probing_walks_down_and_wraps() {
+        let table = VdiTable::default();
+        assert_eq!(table.probe(5), ProbeRange { candidates: vec![], free: Some(vid(5)) });
+        assert_eq!(table.probe(0).free, Some(vid(1)), "vid 0 is never used");
+        for v in [5, 6, 7] {
+            table.set_in_use(vid(v));
+        }
+        let range = table.probe(5);
+        assert_eq!(range, ProbeRange { candidates: vec![vid(7), vid(6), vid(5)], free: Some(vid(8)) });
+        table.set_in_use(vid(0xff_ffff));
+        table.set_in_use(vid(1));
+        let range = table.probe(0xff_ffff);
+        assert_eq!(range, ProbeRange { candidates: vec![vid(1), vid(0xff_ffff)], free: Some(vid(2)) });
+    }
+
+    #[test]
+    fn a_stale_record_never_clears_snapshot_or_deleted() {
+        let table = VdiTable::default();
+        table.announce(VdiId::NONE, vid(5), rep(3), true);
+        let stale = table.records()[0];
+        table.announce(vid(5), vid(6), rep(3), true);
+        table.set_deleted(vid(6));
+        for from_joiner in [true, false] {
+            table.add_record(&stale, from_joiner);
+            table.add_record(&VdiState { vid: vid(6), ..stale }, from_joiner);
+        }
+        assert!(table.get(vid(5)).is_some_and(|e| e.snapshot));
+        assert!(table.get(vid(6)).is_some_and(|e| e.deleted));
+    }
+
+    #[test]
+    fn announcing_keeps_the_old_vids_policy() {
+        let table = VdiTable::default();
+        let coded = Redundancy { policy: CopyPolicy::erasure(4, 2).expect("valid"), copies: 6, ..rep(6) };
+        table.announce(VdiId::NONE, vid(5), coded, true);
+        table.announce(vid(5), vid(9), rep(3), true);
+        assert_eq!(table.get(vid(5)).map(|e| e.copy_policy), Some(0x22));
+    }
+
+    #[test]
+    fn a_family_is_dead_only_when_all_its_members_are() {
+        let table = VdiTable::default();
+        table.announce(VdiId::NONE, vid(1), rep(3), true);
+        table.announce(vid(1), vid(2), rep(3), true);
+        table.announce(vid(1), vid(3), rep(3), true);
+        table.set_deleted(vid(1));
+        table.set_deleted(vid(2));
+        assert_eq!(table.dead_family(vid(2)), None);
+        table.set_deleted(vid(3));
+        assert_eq!(table.dead_family(vid(2)), Some(vec![vid(1), vid(2), vid(3)]));
+    }
+
+    #[test]
+    fn phantoms_are_not_told_to_joiners() {
+        let table = VdiTable::default();
+        table.announce(VdiId::NONE, vid(5), rep(3), false);
+        table.mark_phantom(vid(5));
+        assert!(table.records().is_empty());
+    }
+}

@@ -43,12 +43,17 @@ pub struct Attempt<'a> {
 impl Attempt<'_> {
     /// Homes by strip index; fewer than the code has strips when the cluster is short of zones.
     fn homes(&self) -> Result<Vec<NodeId>, Failure> {
-        let nodes: Vec<NodeId> = self.view.ring.nodes_of(self.oid, self.code.strips()).map(|n| n.nid).collect();
+        let nodes: Vec<NodeId> =
+            self.view.ring.nodes_of(self.oid, self.code.strips()).map(|n| n.nid).collect();
         if nodes.is_empty() {
             return Err(ResultCode::WAIT_FOR_JOIN.into());
         }
         if nodes.len() < self.code.data_strips() {
-            tracing::error!("There isn't enough copies({}) to send out ({})", nodes.len(), self.code.data_strips());
+            tracing::error!(
+                "There isn't enough copies({}) to send out ({})",
+                nodes.len(),
+                self.code.data_strips()
+            );
             return Err(ResultCode::SYSTEM_ERROR.into());
         }
         Ok(nodes)
@@ -176,7 +181,8 @@ fn assemble(code: Code, mut strips: Vec<(usize, Bytes)>, len: usize) -> Result<P
     }
     let strip_at = |i: usize| -> &[u8] {
         let read = inputs.iter().find(|(index, _)| *index == i).map(|(_, strip)| *strip);
-        read.or_else(|| rebuilt.iter().find(|(index, _)| *index == i).map(|(_, strip)| &strip[..])).unwrap_or(&[])
+        read.or_else(|| rebuilt.iter().find(|(index, _)| *index == i).map(|(_, strip)| &strip[..]))
+            .unwrap_or(&[])
     };
     let parts: Vec<&[u8]> = (0..data).map(strip_at).collect();
     let mut object = PageBuf::dirty(len);
@@ -208,7 +214,11 @@ mod tests {
         for a in 0..6 {
             for b in a + 1..6 {
                 let some = (0..6).filter(|i| *i != a && *i != b).map(|i| (i, strips[i].clone())).collect();
-                assert_eq!(&assemble(code, some, object.len()).expect("decodes")[..], &object[..], "without {a}, {b}");
+                assert_eq!(
+                    &assemble(code, some, object.len()).expect("decodes")[..],
+                    &object[..],
+                    "without {a}, {b}"
+                );
             }
         }
     }

@@ -45,7 +45,12 @@ fn refusal(view: &View, redundancy: &Redundancy, write: bool) -> Option<ResultCo
 }
 
 /// Runs `attempt` until it succeeds or fails for good.
-pub(super) async fn retry<T, F, Fut>(sheep: &Arc<Sheep>, oid: Oid, write: bool, mut attempt: F) -> Result<T, ResultCode>
+pub(super) async fn retry<T, F, Fut>(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    write: bool,
+    mut attempt: F,
+) -> Result<T, ResultCode>
 where
     F: FnMut(Arc<View>, Redundancy) -> Fut,
     Fut: Future<Output = Result<T, Failure>>,
@@ -190,7 +195,8 @@ impl Gateway {
         retry(sheep, oid, true, |view, kept| {
             let data = data.clone();
             async move {
-                let request = request_for(Opcode::CREATE_AND_WRITE_PEER, oid, offset, view.epoch, kept.copies);
+                let request =
+                    request_for(Opcode::CREATE_AND_WRITE_PEER, oid, offset, view.epoch, kept.copies);
                 replicas::fan_out(sheep, &view, request, data, kept.copies).await
             }
         })

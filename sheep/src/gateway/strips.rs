@@ -124,10 +124,18 @@ impl Gateway {
     }
 
     /// Removes every strip; the caller holds the object's turn.
-    pub(super) async fn remove_coded(&self, sheep: &Arc<Sheep>, oid: Oid, code: Code) -> Result<(), ResultCode> {
-        retry(sheep, oid, false, |view, _| async move {
-            Attempt { sheep, view: &view, oid, code }.remove().await
-        })
+    pub(super) async fn remove_coded(
+        &self,
+        sheep: &Arc<Sheep>,
+        oid: Oid,
+        code: Code,
+    ) -> Result<(), ResultCode> {
+        retry(
+            sheep,
+            oid,
+            false,
+            |view, _| async move { Attempt { sheep, view: &view, oid, code }.remove().await },
+        )
         .await
     }
 }

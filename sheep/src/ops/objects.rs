@@ -24,7 +24,8 @@ const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
 fn is_here(sheep: &Sheep, oid: Oid) -> bool {
     let view = sheep.views.load();
     let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
-    let name = if coded { sheep.my_replica(oid, &view).map(|(name, _)| name) } else { Some(Sheep::replica(oid)) };
+    let name =
+        if coded { sheep.my_replica(oid, &view).map(|(name, _)| name) } else { Some(Sheep::replica(oid)) };
     sheep.store.as_ref().zip(name).is_some_and(|(store, name)| store.exists(name))
 }
 

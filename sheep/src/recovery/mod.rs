@@ -7,6 +7,7 @@
 
 pub mod object;
 pub mod round;
+pub mod strip;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};

@@ -16,6 +16,8 @@ use crate::cluster::worker::{self, Worker};
 use crate::cluster::{ClusterHandle, handle::Command};
 use crate::gate::Gate;
 use crate::gateway::Gateway;
+use crate::history::History;
+use crate::holds::Holds;
 use crate::peers::Peers;
 use crate::recovery::{self, Recovery};
 use crate::server::Server;
@@ -235,6 +237,7 @@ fn assemble(
     state: &State,
     opened: Option<start::OpenStore>,
 ) -> (Parts, Arc<Sheep>) {
+    let new_disk = opened.as_ref().is_some_and(|o| o.new_disk);
     let throttle = options.recovery.map(|r| RecoveryThrottling {
         max_exec_count: r.max,
         queue_work_interval: r.interval_ms,
@@ -258,6 +261,9 @@ fn assemble(
         gateway: Gateway::new(reclaim),
         cluster,
         recovery,
+        holds: Holds::default(),
+        history: History::open(meta.path(), state.epoch(), new_disk),
+        tables: watch::Sender::new(true),
         stats: Stats::default(),
         outstanding: Outstanding::default(),
     });

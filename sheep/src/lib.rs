@@ -10,6 +10,8 @@ pub mod dispatch;
 pub mod faults;
 pub mod gate;
 pub mod gateway;
+pub mod history;
+pub mod holds;
 pub mod listen;
 pub mod nbd;
 pub mod ops;

@@ -5,10 +5,11 @@
 //! recovered here waits for that (creates are complete in themselves and do not).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
-use sheepdog_proto::{Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::StoreError;
 
 use crate::gate::Pass;
@@ -16,14 +17,27 @@ use crate::sheep::Sheep;
 use crate::vdi::reclaim;
 use crate::view::View;
 
+/// How long a request may wait for an epoch or for the recovery of its object.
+const PARK_LIMIT: Duration = Duration::from_secs(10);
+
 fn failed(request: &Request, result: ResultCode) -> Reply {
     Reply::empty(Response::to(request, result))
 }
 
 /// Waits until a request of `epoch` may run: `Err` = refused because the epoch is over.
 async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
+    // Whoever waits longer is told to try again: its place and memory are needed by others.
+    tokio::time::timeout(PARK_LIMIT, admit_when_ready(sheep, request, oid))
+        .await
+        .unwrap_or(Err(ResultCode::NETWORK_ERROR))
+}
+
+async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
     loop {
         let view = sheep.views.load();
+        if view.status == ClusterStatus::Killed {
+            return Err(ResultCode::KILLED);
+        }
         if request.epoch.is_before(view.epoch) {
             tracing::debug!("old node version {}, {} ({})", view.epoch, request.epoch, request.opcode);
             return Err(ResultCode::OLD_NODE_VER);
@@ -33,6 +47,7 @@ async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<Vi
             sheep.views.changed_from(&view).await;
             continue;
         }
+        sheep.tables_arrived().await;
         let exempt =
             request.flags.contains(Flags::RECOVERY) || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
         if exempt || sheep.recovery.ready(sheep, oid, &view).await {
@@ -49,6 +64,7 @@ async fn admit_write(
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit(sheep, request, oid).await?;
+        sheep.holds.released(oid).await;
         match sheep.gate.enter(request.epoch) {
             Some(pass) => return Ok((view, pass)),
             // The gate closes shortly before the view changes.
@@ -112,12 +128,15 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
         other => return other.map_err(|e| fault(sheep, &e)),
     }
     let epoch = if recovering { body.tgt_epoch } else { request.epoch };
-    let wanted = request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
+    let wanted = recovering || request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
     if !wanted || epoch == Epoch(0) {
         return Err(ResultCode::NO_OBJ);
     }
-    let stale = store.read_stale(replica, epoch, body.offset.into(), len).await;
-    stale.map_err(|e| fault(sheep, &e))
+    match store.read_stale(replica, epoch, body.offset.into(), len).await {
+        // "I never had it" proves something only if this store was there in that epoch.
+        Err(StoreError::NoObject) if recovering && !sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
+        stale => stale.map_err(|e| fault(sheep, &e)),
+    }
 }
 
 async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {

@@ -13,7 +13,9 @@ use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_client::frame::{FrameReader, FrameWriter, Stream, split};
 use sheepdog_proto::inode::INODE_LEN;
-use sheepdog_proto::{ClusterStatus, INTERNAL_PROTO_VERSION, Opcode, PROTO_VERSION, Request, ResultCode};
+use sheepdog_proto::{
+    ClusterStatus, Flags, INTERNAL_PROTO_VERSION, Opcode, PROTO_VERSION, Request, ResultCode,
+};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
@@ -29,6 +31,8 @@ const UNIT: usize = 4096;
 const PER_CONNECTION: usize = 64 << 20 >> 12;
 /// In-flight bytes of all client requests, and of all peer requests, in units: 512 MiB each.
 const PER_CLASS: usize = 512 << 20 >> 12;
+/// What answers other than objects are charged with at most: bitmaps and most lists are no longer.
+const LARGE_ANSWER: usize = 2 << 20;
 /// Requests in flight on one connection.
 const MAX_IN_FLIGHT: usize = 1024;
 /// A payload that does not arrive within this time ends the connection.
@@ -147,17 +151,24 @@ impl Connection {
         Ok(())
     }
 
-    fn largest_payload(&self) -> usize {
+    fn largest_block(&self) -> usize {
         let sheep = &self.server.sheep;
         let shift = sheep.vdis.max_block_shift().max(sheep.views.load().block_size_shift);
-        INODE_LEN.max(1 << shift.min(sheepdog_proto::MAX_BLOCK_SHIFT))
+        1 << shift.min(sheepdog_proto::MAX_BLOCK_SHIFT)
     }
 
-    /// Bytes that an object read will hold; the capacities of other requests are not what they use.
+    fn largest_payload(&self) -> usize {
+        INODE_LEN.max(self.largest_block())
+    }
+
+    /// Bytes that executing a request and its answer will hold; the capacities of lists are not what they use.
     fn reply_estimate(&self, request: &Request) -> usize {
         match request.opcode {
-            Opcode::READ_OBJ | Opcode::READ_PEER => (request.reply_capacity()).min(self.largest_payload()),
-            _ => 0,
+            Opcode::READ_OBJ | Opcode::READ_PEER => request.reply_capacity().min(self.largest_payload()),
+            // The base and the new object.
+            Opcode::CREATE_AND_WRITE_OBJ if request.flags.contains(Flags::COW) => 2 * self.largest_block(),
+            Opcode::REPAIR_REPLICA => 2 * self.largest_payload(),
+            _ => request.reply_capacity().min(LARGE_ANSWER),
         }
     }
 
@@ -222,6 +233,8 @@ impl Connection {
         }
         let reply = match row.class {
             Class::Gateway => gateway::execute(sheep, request, payload).await,
+            // A gateway that gave up has sent the request again elsewhere, and newer ones after it.
+            Class::Peer if self.writer.is_reset() => result(&request, ResultCode::NETWORK_ERROR),
             Class::Peer => peer::execute(sheep, request, payload).await,
             Class::Local(handler) => handler(sheep, request, payload).await,
             Class::Cluster(..) => sheep.cluster.submit(request, payload).await,

@@ -30,6 +30,7 @@ impl Service for InProcess {
                 let code = match status {
                     ClusterStatus::Killed => ResultCode::KILLED,
                     ClusterStatus::Shutdown => ResultCode::SHUTDOWN,
+                    _ if sheep.views.load().ctime == 0 => ResultCode::WAIT_FOR_FORMAT,
                     _ => ResultCode::WAIT_FOR_JOIN,
                 };
                 return Ok(result(&request, code));

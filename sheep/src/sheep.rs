@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sheepdog_proto::{NodeId, Oid, VdiId};
 use sheepdog_store::{MetaDir, Replica, Store};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::cluster::ClusterHandle;
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::gateway::object::is_coded;
+use crate::history::History;
+use crate::holds::Holds;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
 use crate::stats::Stats;
@@ -39,6 +41,12 @@ pub struct Sheep {
     pub cluster: ClusterHandle,
     /// The recovery task.
     pub recovery: Recovery,
+    /// Objects whose replica here must not change right now.
+    pub holds: Holds,
+    /// Since when this store knows what it had.
+    pub history: History,
+    /// Whether the VDI tables of the others have arrived since this node joined.
+    pub tables: watch::Sender<bool>,
     /// Counters.
     pub stats: Stats,
     /// Requests in progress, and how to learn that there are none.
@@ -81,6 +89,14 @@ impl Sheep {
     pub fn begin(self: &Arc<Self>) -> InProgress {
         self.outstanding.count.fetch_add(1, Ordering::AcqRel);
         InProgress(self.clone())
+    }
+
+    /// Waits until the VDI tables of the others have arrived: before that, copies, sizes and snapshots may be unknown.
+    pub async fn tables_arrived(&self) {
+        if !*self.tables.borrow() {
+            // The sender lives in self.
+            let _ = self.tables.subscribe().wait_for(|arrived| *arrived).await;
+        }
     }
 
     /// How the objects of a VDI are stored.

@@ -43,6 +43,8 @@ pub struct OpenStore {
     pub store: Store,
     /// What the scan found.
     pub report: ScanReport,
+    /// A disk is used for the first time.
+    pub new_disk: bool,
 }
 
 /// Reads and checks the configuration; an older or newer store is refused before anything is touched.
@@ -74,6 +76,7 @@ pub fn open_store(
         epoch: meta.latest_epoch()?,
         ..StoreOptions::default()
     };
+    let new_disk = disks.iter().any(|d| !matches!(xattr::get(d, "user.md.size"), Ok(Some(_))));
     let (store, lines) = Store::open(&disks, store_options)?;
     lines.iter().for_each(|line| tracing::info!("{line}"));
     let report = store.scan();
@@ -83,7 +86,7 @@ pub fn open_store(
     for (path, reason) in &report.unreadable {
         tracing::error!("{}: {reason}", path.display());
     }
-    Ok(OpenStore { store, report })
+    Ok(OpenStore { store, report, new_disk })
 }
 
 /// This node's record.

@@ -149,10 +149,11 @@ impl Connection {
         receiver
     }
 
-    /// Closes the connection: requests in flight fail with [`ClientError::Lost`].
+    /// Resets the connection: requests in flight fail with [`ClientError::Lost`], and the other side drops those that
+    /// it has not begun.
     pub fn close(&self) {
         self.shared.fail(ClientError::Lost("closed".into()));
-        self.shared.writer.close();
+        self.shared.writer.abort();
     }
 }
 

@@ -6,9 +6,11 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use nix::sys::socket::{Shutdown, shutdown};
 use parking_lot::Mutex;
 use sheepdog_buffer::PageBuf;
 use sheepdog_proto::HEADER_LEN;
@@ -63,6 +65,15 @@ impl WriteHalf {
             WriteHalf::Tcp(half) => half.try_write_vectored(bufs),
             WriteHalf::Unix(half) => half.try_write_vectored(bufs),
         }
+    }
+
+    /// Wakes the reading side, too.
+    fn shut_down(&self) {
+        let result = match self {
+            WriteHalf::Tcp(half) => shutdown(half.as_ref().as_raw_fd(), Shutdown::Both),
+            WriteHalf::Unix(half) => shutdown(half.as_ref().as_raw_fd(), Shutdown::Both),
+        };
+        let _ = result; // it fails only if the connection is gone already
     }
 
     async fn writable(&self) -> io::Result<()> {
@@ -317,6 +328,28 @@ impl FrameWriter {
     /// Whether the socket failed or was closed here.
     pub fn is_closed(&self) -> bool {
         self.shared.state.lock().closed
+    }
+
+    /// Resets the connection: what is queued or on its way is dropped, and the other side can tell ([`is_reset`]).
+    ///
+    /// [`is_reset`]: FrameWriter::is_reset
+    pub fn abort(&self) {
+        if let WriteHalf::Tcp(half) = &self.shared.half {
+            let _ = half.as_ref().set_zero_linger(); // without it the end is only less abrupt
+        }
+        let mut state = self.shared.state.lock();
+        Shared::fail(&mut state);
+        state.task_owns = true;
+        self.shared.half.shut_down();
+        self.shared.wake.notify_one();
+    }
+
+    /// Whether the other side has reset the connection: it no longer wants what it asked for.
+    pub fn is_reset(&self) -> bool {
+        match &self.shared.half {
+            WriteHalf::Tcp(half) => !matches!(half.as_ref().take_error(), Ok(None)),
+            WriteHalf::Unix(half) => !matches!(half.as_ref().take_error(), Ok(None)),
+        }
     }
 
     /// Ends the connection after what is queued; later frames are dropped.

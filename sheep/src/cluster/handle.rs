@@ -58,9 +58,16 @@ impl ClusterHandle {
     pub async fn submit(&self, request: Request, payload: Bytes) -> Reply {
         let refused = || Reply::empty(Response::to(&request, ResultCode::CLUSTER_ERROR));
         let Ok(_permit) = self.waiting.acquire().await else { return refused() };
+        self.submit_internal(request, payload).await
+    }
+
+    /// As [`ClusterHandle::submit`] for operations that another operation, or the daemon itself, waits for: they do not
+    /// queue behind clients.
+    pub async fn submit_internal(&self, request: Request, payload: Bytes) -> Reply {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Submit(Submission { request, payload, reply }));
-        answer.await.unwrap_or_else(|_| refused())
+        let refused = |_| Reply::empty(Response::to(&request, ResultCode::CLUSTER_ERROR));
+        answer.await.unwrap_or_else(refused)
     }
 
     /// Announces a changed record of this node.

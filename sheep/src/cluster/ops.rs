@@ -106,11 +106,11 @@ pub fn cleanup<'a>(
         if !task.sheep.recovery.is_idle() {
             return ResultCode::NODE_IN_RECOVERY;
         }
-        if let Some(store) = &task.sheep.store {
-            if let Err(error) = store.purge_stale(task.state.epoch()).await {
-                tracing::error!("cannot remove stale objects: {error}");
-                return ResultCode::EIO;
-            }
+        if let Some(store) = &task.sheep.store
+            && let Err(error) = store.purge_stale(task.state.epoch()).await
+        {
+            tracing::error!("cannot remove stale objects: {error}");
+            return ResultCode::EIO;
         }
         ResultCode::SUCCESS
     })

@@ -34,6 +34,8 @@ pub enum Action {
     SaveConfig,
     /// Write the epoch file of the current epoch.
     SaveEpoch,
+    /// Write the epoch file of the current epoch if this node has none or another (it was learned from a joiner).
+    KeepEpoch,
     /// Delete epoch files 1..=this.
     RemoveEpochs(Epoch),
     /// Erase every object and the VDI table (MAKE_FS).
@@ -164,8 +166,9 @@ impl State {
         theirs: &ClusterInfo,
         actions: &mut Vec<Action>,
     ) -> Option<ClusterInfo> {
+        let ending = matches!(self.status, ClusterStatus::Killed) || self.left;
         let first = node.nid == self.me.nid;
-        if first != members.is_empty() || (!first && !self.joined) {
+        if ending || first != members.is_empty() || (!first && !self.joined) {
             return None;
         }
         let mut status = self.status;
@@ -268,7 +271,8 @@ impl State {
         if is_me && let Some(reason) = self.refusal(&answer) {
             return vec![Action::Exit(1, vec![reason, "failed to join Sheepdog".into()])];
         }
-        let Ok(status) = ClusterStatus::from_byte(answer.header.status) else {
+        let answered = ClusterStatus::from_byte(answer.header.status);
+        let Some(status) = answered.ok().filter(|s| *s != ClusterStatus::Killed) else {
             let text = format!("invalid cluster status {} in the answer to a join", answer.header.status);
             return vec![Action::Exit(1, vec![text, "failed to join Sheepdog".into()])];
         };
@@ -281,10 +285,12 @@ impl State {
         };
         self.info = answer;
         self.keep_vnodes_strategy(auto);
-        self.status = status;
+        // A node that is ending goes on ending, whatever the cluster does.
+        let ending = matches!(self.status, ClusterStatus::Killed | ClusterStatus::Shutdown);
+        self.status = if ending { self.status } else { status };
         self.members = members;
         self.joined = true;
-        if status == ClusterStatus::Shutdown {
+        if self.status != status || status == ClusterStatus::Shutdown {
             actions.push(Action::Publish);
             return actions;
         }
@@ -341,6 +347,7 @@ impl State {
         if ids(&self.members) != ids(&old) {
             self.raise_epoch(old, actions);
         } else {
+            actions.push(Action::KeepEpoch);
             if self.config.shutdown == 0 || self.wildcard_pending {
                 let round = Round {
                     epoch: self.epoch(),
@@ -349,7 +356,6 @@ impl State {
                     announce: false,
                     wildcard: std::mem::take(&mut self.wildcard_pending),
                 };
-                actions.push(Action::StashMoved(self.epoch()));
                 actions.push(Action::Recover(round));
             }
         }
@@ -526,7 +532,7 @@ impl State {
         let epoch = self.epoch();
         let round =
             Round { epoch, tgt_epoch: epoch, old: self.members.clone(), announce: false, wildcard: false };
-        vec![Action::StashMoved(epoch), Action::Publish, Action::Recover(round)]
+        vec![Action::Publish, Action::Recover(round)]
     }
 
     /// ENABLE_RECOVER, DISABLE_RECOVER.

@@ -15,6 +15,7 @@ use super::handle::{Command, Submission};
 use super::state::{Action, State};
 use super::worker::{Work, Worker};
 use crate::dispatch;
+use crate::recovery;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -223,6 +224,7 @@ impl Task {
             }
             Command::LocksCollected => self.replay_locks(),
             Command::Rebuild => {
+                self.sheep.history.restart(self.state.epoch().next());
                 if self.state.status == ClusterStatus::Ok {
                     let actions = self.state.same_epoch_round();
                     self.act(actions).await;
@@ -358,11 +360,22 @@ impl Task {
 
     /// Carries out actions in order. While they change what requests may rely on, no replica is written here.
     pub async fn act(&mut self, actions: Vec<Action>) {
+        if let Some(mine) = actions.iter().find_map(|a| match a {
+            Action::FetchVdis(_, joiners) => Some(!joiners),
+            _ => None,
+        }) && mine
+        {
+            // Before anybody sees the new view.
+            self.sheep.tables.send_replace(false);
+        }
         if actions.contains(&Action::Publish) {
             self.sheep.gate.close().await;
         }
         for action in actions {
             self.act_one(action).await;
+            if self.exit.borrow().is_some() {
+                return;
+            }
         }
     }
 
@@ -374,6 +387,12 @@ impl Task {
             Action::Exit(code, lines) => self.end(code, &lines),
             Action::SaveConfig => self.save_config(),
             Action::SaveEpoch => self.save_epoch(),
+            Action::KeepEpoch => {
+                let known = self.sheep.meta.read_epoch(self.state.epoch());
+                if known.map_or(true, |log| log.nodes != self.state.info.nodes) {
+                    self.save_epoch();
+                }
+            }
             Action::RemoveEpochs(latest) => {
                 if let Err(error) = self.sheep.meta.remove_epochs(latest) {
                     tracing::error!("cannot remove old epochs: {error}");
@@ -404,9 +423,13 @@ impl Task {
     fn publish(&mut self) {
         let view = view_of(&self.state);
         let (status, epoch) = (view.status, view.epoch);
-        self.sheep.views.publish(view);
+        // Open first: whoever sees the new view finds the gate open.
         if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown {
             self.sheep.gate.open(epoch);
+        }
+        self.sheep.views.publish(view);
+        if self.state.joined && epoch.0 > 0 {
+            self.sheep.history.note(epoch);
         }
     }
 
@@ -433,6 +456,7 @@ impl Task {
 
     async fn wipe(&mut self) {
         self.sheep.recovery.stop();
+        self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store
             && let Err(error) = store.format().await
         {
@@ -441,28 +465,21 @@ impl Task {
         self.sheep.vdis.clear();
     }
 
+    /// Objects that stayed where they are would be served as current: then the node ends instead.
     async fn stash_all(&mut self) {
         let Some(store) = &self.sheep.store else { return };
         let epoch = self.sheep.meta.latest_epoch().unwrap_or_default();
         if let Err(error) = store.stash_all(epoch).await {
-            tracing::error!("cannot move objects to the stale area: {error}");
+            self.end(1, &[format!("cannot move outdated objects to the stale area: {error}")]);
         }
     }
 
-    /// Moves what is no longer at home here, by the view about to be published.
+    /// Moves what is no longer at home here, by the view about to be published. Objects of VDIs that are not known yet
+    /// are left to the round of recovery, which begins when the tables of the others have arrived.
     async fn stash_moved(&mut self, suffix: sheepdog_proto::Epoch) {
-        let Some(store) = &self.sheep.store else { return };
         let view = view_of(&self.state);
-        for replica in store.working() {
-            let copies = self.sheep.copies_of(replica.oid, &view);
-            let position = view.my_position(replica.oid, copies);
-            let at_home = match replica.strip {
-                None => position.is_some(),
-                Some(strip) => position == Some(usize::from(strip)),
-            };
-            if !at_home && let Err(error) = store.stash(replica, suffix).await {
-                tracing::error!("cannot move {} to the stale area: {error}", replica.oid);
-            }
+        if let Err(error) = recovery::stash_strangers(&self.sheep, &view, suffix, true).await {
+            self.end(1, &[format!("cannot move objects to the stale area: {error}")]);
         }
     }
 }

@@ -75,6 +75,9 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                 for node in nodes {
                     fetch(&sheep, node, joiners).await;
                 }
+                if !joiners {
+                    sheep.tables.send_replace(true);
+                }
                 worker.fetches.send_modify(|n| *n -= 1);
             }
             Work::CollectLocks(epoch) => {
@@ -82,7 +85,13 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                 sheep.cluster.send(Command::LocksCollected);
             }
             Work::Operation(request, payload) => {
-                let reply = operation(&sheep, request, payload).await;
+                // In a task of its own: should it panic, the cluster must not stay blocked.
+                let work = tokio::spawn({
+                    let sheep = sheep.clone();
+                    async move { operation(&sheep, request, payload).await }
+                });
+                let failed = |_| Reply::empty(Response::to(&request, ResultCode::SYSTEM_ERROR));
+                let reply = work.await.unwrap_or_else(failed);
                 sheep.cluster.send(Command::WorkDone(reply));
             }
         }

@@ -40,6 +40,15 @@ pub async fn update(sheep: &Arc<Sheep>, vid: VdiId, offset: u64, data: Bytes) ->
         return Err(ResultCode::READONLY);
     }
     sheep.gateway.write_object(sheep, oid, offset, data.clone()).await?;
+    if sheep.redundancy(vid, &sheep.views.load()).snapshot && changes.iter().any(own) {
+        // The VDI became a snapshot meanwhile: whoever took it may not have seen the entries. Take them back; the client
+        // sends them to the new working VDI.
+        for change in changes.iter().filter(|c| own(c)) {
+            let old = Bytes::copy_from_slice(&change.old.to_le_bytes());
+            sheep.gateway.write_object(sheep, oid, inode::table_offset(change.index), old).await?;
+        }
+        return Err(ResultCode::READONLY);
+    }
     clear_grefs(sheep, oid, &changes).await?;
     let drops = changes.iter().filter(|c| c.old != 0).map(|c| {
         let reference = Reference {
@@ -94,7 +103,7 @@ async fn clear_grefs(sheep: &Arc<Sheep>, oid: Oid, changes: &[Change]) -> Result
 async fn cohere(sheep: &Arc<Sheep>, vid: VdiId, validate: bool) -> ResultCode {
     let body = CoherenceRequest { vid, validate: validate.into() };
     let request = Request::new(Opcode::INODE_COHERENCE).with_coherence(body);
-    sheep.cluster.submit(request, Bytes::new()).await.response.result
+    sheep.cluster.submit_internal(request, Bytes::new()).await.response.result
 }
 
 fn participation(sheep: &Sheep, vid: VdiId) -> Option<Participation> {

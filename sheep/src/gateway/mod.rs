@@ -57,6 +57,7 @@ pub fn reply_data(request: &Request, data: Bytes) -> Reply {
 /// Executes a gateway request of a client.
 pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
     let _active = sheep.stats.gateway(&request);
+    sheep.tables_arrived().await;
     match request.opcode {
         Opcode::READ_OBJ => match read(sheep, &request).await {
             Ok(data) => reply_data(&request, data),
@@ -179,11 +180,4 @@ async fn copy_on_write(
     let at: Range<usize> = offset as usize..offset as usize + payload.len();
     whole[at].copy_from_slice(&payload);
     sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
-}
-
-impl Gateway {
-    /// Keeps this gateway's requests to `oid` waiting until the value is dropped.
-    pub async fn hold(&self, oid: Oid) -> crate::order::Turn {
-        self.order.turn(oid, 0..u64::MAX, true).await
-    }
 }

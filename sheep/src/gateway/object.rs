@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use sheepdog_erasure::Code;
 use sheepdog_proto::header::{ObjRequest, RefRequest};
 use sheepdog_proto::ledger::Ledger;
@@ -234,12 +235,12 @@ impl Gateway {
             return Err(ResultCode::INVALID_PARMS);
         }
         let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        let done: parking_lot::Mutex<Vec<NodeId>> = parking_lot::Mutex::default();
-        let done = &done;
+        let (first, done): (Mutex<Vec<NodeId>>, Mutex<Vec<NodeId>>) = Default::default();
+        let (first, done) = (&first, &done);
         retry(sheep, oid, false, |view, kept| async move {
             let request =
                 Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
-            replicas::decref(sheep, &view, request, kept.copies, done).await
+            replicas::decref(sheep, &view, request, kept.copies, first, done).await
         })
         .await
     }

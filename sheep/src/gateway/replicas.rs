@@ -8,7 +8,7 @@ use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use sheepdog_client::Reply;
-use sheepdog_proto::{Epoch, NodeId, Request, ResultCode};
+use sheepdog_proto::{Epoch, NodeId, Opcode, Request, ResultCode};
 
 use crate::peer;
 use crate::peers::IO_DEADLINE;
@@ -50,6 +50,11 @@ pub async fn call(
             Failure::from(ResultCode::NETWORK_ERROR)
         })?
     };
+    let short = request.opcode == Opcode::READ_PEER && reply.data.len() != request.data_length as usize;
+    if reply.response.result.is_ok() && short {
+        tracing::error!("{node}: answered {} bytes of {}", reply.data.len(), request.data_length);
+        return Err(ResultCode::NETWORK_ERROR.into());
+    }
     if reply.response.result.is_ok() {
         Ok(reply)
     } else {
@@ -175,20 +180,28 @@ pub async fn read(sheep: &Arc<Sheep>, view: &View, request: Request, copies: u8)
     Err(deciding(&failures).unwrap_or(ResultCode::NETWORK_ERROR.into()))
 }
 
-/// Drops a reference on every home that is not in `done` yet. A home whose answer is lost may or may not have done it:
+/// Drops a reference on every home of the `first` attempt that did something and is not `done` yet. A home whose answer is lost may or may not have done it:
 /// the attempt ends there for good.
 pub async fn decref(
     sheep: &Arc<Sheep>,
     view: &View,
     request: Request,
     copies: u8,
+    first: &Mutex<Vec<NodeId>>,
     done: &Mutex<Vec<NodeId>>,
 ) -> Result<(), Failure> {
     let nodes = homes(sheep, view, &request, copies)?;
-    let nodes: Vec<NodeId> = nodes.into_iter().filter(|n| !done.lock().contains(n)).collect();
-    let results = on_all(sheep, &nodes, request, &Bytes::new()).await;
+    // Once a home has applied the drop, a new home gets it with the ledger that it recovers and must not apply it again.
+    let begun = !done.lock().is_empty();
+    let left: Vec<NodeId> = if begun {
+        first.lock().iter().filter(|n| nodes.contains(n) && !done.lock().contains(n)).copied().collect()
+    } else {
+        *first.lock() = nodes.clone();
+        nodes
+    };
+    let results = on_all(sheep, &left, request, &Bytes::new()).await;
     let mut failures = Vec::new();
-    for (node, result) in nodes.iter().zip(results) {
+    for (node, result) in left.iter().zip(results) {
         match result {
             Ok(_) => done.lock().push(*node),
             Err(failure) if failure.code == ResultCode::NETWORK_ERROR => {

@@ -59,6 +59,9 @@ pub fn get_store_list<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxF
     })
 }
 
+/// Longest STAT_CLUSTER answer, in bytes; older epochs are left out.
+const MAX_HISTORY: usize = 64 << 20;
+
 fn status_result(status: ClusterStatus, ctime: u64) -> ResultCode {
     match status {
         ClusterStatus::Ok => ResultCode::SUCCESS,
@@ -78,7 +81,7 @@ pub fn stat_cluster<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> Bo
             return result(&request, ResultCode::INVALID_PARMS);
         }
         let record_len = EpochRecord::LEN + slots * NodeRecord::LEN;
-        let room = request.reply_capacity() / record_len;
+        let room = request.reply_capacity().min(MAX_HISTORY) / record_len;
         let mut data = Vec::new();
         let newest = if view.joined { view.epoch.0 } else { 0 };
         for (i, epoch) in (1..=newest).rev().take(room).enumerate() {

@@ -15,8 +15,9 @@ use super::{list, result};
 use crate::gateway::map;
 use crate::gateway::object::is_coded;
 use crate::sheep::Sheep;
+use crate::view::View;
 
-/// How long a hash request of a newer epoch waits for this node to get there.
+/// How long a hash or list request of a newer epoch waits for this node to get there.
 const EPOCH_WAIT: Duration = Duration::from_secs(5);
 /// Deadline of a repair copy.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
@@ -56,6 +57,10 @@ pub fn oids_exist<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
 /// GET_OBJ_LIST.
 pub fn get_obj_list<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
+        // A list of an earlier epoch could lack what is being created in it right now.
+        if let Err(code) = at_epoch(sheep, request.epoch).await {
+            return result(&request, code);
+        }
         let oids = sheep.store.as_ref().map(|s| s.list()).unwrap_or_default();
         list(&request, oids.iter().flat_map(|oid| oid.0.to_le_bytes()).collect())
     })
@@ -76,17 +81,22 @@ pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFut
     })
 }
 
-async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], ResultCode> {
+/// The view once this node has reached `epoch`.
+async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
     let wait = async {
         loop {
             let view = sheep.views.load();
-            if !view.epoch.is_before(request.epoch) {
+            if !view.epoch.is_before(epoch) {
                 return view;
             }
             sheep.views.changed_from(&view).await;
         }
     };
-    let view = tokio::time::timeout(EPOCH_WAIT, wait).await.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    tokio::time::timeout(EPOCH_WAIT, wait).await.map_err(|_| ResultCode::NETWORK_ERROR)
+}
+
+async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], ResultCode> {
+    let view = at_epoch(sheep, request.epoch).await?;
     let body = request.obj();
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let redundancy = sheep.redundancy(body.oid.vid(), &view);
@@ -96,10 +106,14 @@ async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], Resu
     let size = body.oid.size(redundancy.block_size_shift);
     let replica = Sheep::replica(body.oid);
     let cache = redundancy.snapshot && body.oid.is_data();
-    let fault = |e: StoreError| crate::faults::peer_result(sheep, &e);
+    // Recovery asks: an unreadable file is not the same as none, and "none" must be true for that epoch.
+    let fault = |e: StoreError| crate::faults::recovery_result(sheep, &e);
     match store.hash(replica, size, None, cache).await {
         Err(StoreError::NoObject) if body.tgt_epoch != Epoch(0) => {
-            store.hash(replica, size, Some(body.tgt_epoch), cache).await.map_err(fault)
+            match store.hash(replica, size, Some(body.tgt_epoch), cache).await {
+                Err(StoreError::NoObject) if !sheep.history.covers(body.tgt_epoch) => Err(ResultCode::AGAIN),
+                other => other.map_err(fault),
+            }
         }
         other => other.map_err(fault),
     }
@@ -128,8 +142,10 @@ async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), Resu
         .length(size as usize)
         .with_obj(ObjRequest { oid, ..ObjRequest::zeroed() });
     let replica = Sheep::replica(oid);
-    // Writes that reach this replica while the copy is made would be undone by it: hold them back.
-    let _turn = sheep.gateway.hold(oid).await;
+    // Writes that reach this replica while the copy is made would be undone by it: hold them back, from whatever
+    // gateway they come, and let those in progress end. The source has them first, or they follow the copy.
+    let _held = sheep.holds.hold(oid).await;
+    store.drain().await;
     let reply = sheep.peers.call(&source, read, Bytes::new(), REPAIR_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     reply.response.result.ok()?;

@@ -225,6 +225,32 @@ impl Recovery {
     }
 }
 
+/// Moves working files that are not at home here to the stale area, with this suffix. `known_only`: leave objects of
+/// VDIs whose redundancy is not known yet.
+pub async fn stash_strangers(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    suffix: Epoch,
+    known_only: bool,
+) -> sheepdog_store::Result<()> {
+    let Some(store) = &sheep.store else { return Ok(()) };
+    for replica in store.working() {
+        let redundancy = sheep.redundancy(replica.oid.vid(), view);
+        if known_only && !redundancy.known {
+            continue;
+        }
+        let position = view.my_position(replica.oid, redundancy.copies);
+        let at_home = match replica.strip {
+            None => position.is_some(),
+            Some(strip) => position == Some(usize::from(strip)),
+        };
+        if !at_home {
+            store.stash(replica, suffix).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs rounds for ever.
 pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedReceiver<Round>) {
     while let Some(mut round) = rounds.recv().await {

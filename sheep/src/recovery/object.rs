@@ -1,8 +1,9 @@
 //! Recovering one replicated object (spec 06, 10.5, with rule A1 of 15.1).
 //!
-//! The search begins at the round's target epoch and goes back one epoch at a time. It goes back only when every node
-//! that was at home for the object in that epoch has said that it does not have it: a home that is away may hold a
-//! newer version than any older epoch has, so then the object waits.
+//! The search begins at the round's target epoch and goes back one epoch at a time. It goes back only when that epoch
+//! cannot have acknowledged a write of the object: when every home of the epoch says that it did not have it, or one
+//! does whose store was there (a write is acknowledged by all homes). Otherwise a home that is away may hold a newer
+//! version than any older epoch has, and the object waits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,7 +40,7 @@ pub enum Recovered {
 enum Search {
     Found,
     Replaced,
-    /// Every home answered that it does not have it.
+    /// The epoch had no version of its own.
     Absent,
     Unknown(String),
 }
@@ -116,7 +117,7 @@ async fn search(
     if let Some(at) = homes.iter().position(|n| *n == sheep.me) {
         homes.rotate_left(at);
     }
-    let mut unknown = None;
+    let (mut unknown, mut proven) = (None, false);
     for home in homes {
         if active.is_replaced() {
             return Search::Replaced;
@@ -128,11 +129,14 @@ async fn search(
         match try_home(sheep, active, oid, epoch, home, local).await {
             Ok(()) => return Search::Found,
             Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
-            Err(ResultCode::NO_OBJ) => {}
+            Err(ResultCode::NO_OBJ) => proven = true,
             Err(code) => unknown = Some(format!("{home}: {code}")),
         }
     }
-    unknown.map_or(Search::Absent, Search::Unknown)
+    match unknown {
+        Some(reason) if !proven => Search::Unknown(reason),
+        _ => Search::Absent,
+    }
 }
 
 async fn try_home(
@@ -144,11 +148,12 @@ async fn try_home(
     local: &mut LocalCandidate,
 ) -> Result<(), ResultCode> {
     if home == sheep.me {
-        return if epoch.is_before(active.round.epoch) {
-            link(sheep, active, oid, epoch).await
-        } else {
-            Err(ResultCode::NO_OBJ)
+        let linked = match epoch.is_before(active.round.epoch) {
+            true => link(sheep, active, oid, epoch).await,
+            false => Err(ResultCode::NO_OBJ),
         };
+        let empty = linked == Err(ResultCode::NO_OBJ) && !sheep.history.covers(epoch);
+        return if empty { Err(ResultCode::AGAIN) } else { linked };
     }
     if let Some((stale, hash)) = local.0 {
         if remote_hash(sheep, active, oid, epoch, home).await? == hash {

@@ -24,9 +24,11 @@ const PER_DISK: usize = 2;
 /// Runs a round to its end. `false` = it was replaced by a newer one.
 pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> bool {
     let Some(store) = sheep.store.clone() else { return !active.is_replaced() };
-    // Requests may already be waiting for single objects: they are served while the list is being made.
-    let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
     worker.fetched().await;
+    if !stash(sheep, active).await {
+        return false;
+    }
+    let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
     let listed = list(sheep, active).await;
     early.abort();
     let Some(oids) = listed else { return false };
@@ -55,12 +57,31 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
         pause = (pause * 2).min(PASS_PAUSE.1);
         active.work.lock().queue.extend(failed);
     }
-    if let Err(error) = store.sync_dirs().await {
+    while let Err(error) = store.sync_dirs().await {
         tracing::error!("recovery is not complete: {error}");
-        return false;
+        tokio::time::sleep(PASS_PAUSE.1).await;
+        if active.is_replaced() {
+            return false;
+        }
     }
     tracing::info!("recovered epoch {}", active.round.epoch);
     !active.is_replaced()
+}
+
+/// What the epoch change could not judge yet, and what a change of redundancy or disks left behind. `false` = the round
+/// was replaced.
+async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
+    let view = sheep.views.load();
+    let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return false };
+    if view.epoch != active.round.epoch {
+        return false;
+    }
+    if let Err(error) = super::stash_strangers(sheep, &view, active.round.tgt_epoch, false).await {
+        tracing::error!("cannot move objects to the stale area, leaving: {error}");
+        sheep.cluster.leave();
+        return false;
+    }
+    true
 }
 
 /// Announces that this node has everything, until the cluster heard it or the epoch moved on.
@@ -72,7 +93,7 @@ pub async fn announce(sheep: &Arc<Sheep>, epoch: Epoch) {
     let request =
         Request::new(Opcode::COMPLETE_RECOVERY).flag(Flags::WRITE).length(record.len()).with_obj(body);
     while sheep.views.epoch() == epoch {
-        let result = sheep.cluster.submit(request, record.clone()).await.response.result;
+        let result = sheep.cluster.submit_internal(request, record.clone()).await.response.result;
         if result.is_ok() {
             return;
         }
@@ -171,13 +192,15 @@ fn next(sheep: &Sheep, active: &Active) -> Option<Oid> {
     if let Some(oid) = work.urgent.pop_front() {
         return Some(oid);
     }
-    while !disabled {
+    if disabled {
+        return None;
+    }
+    loop {
         let oid = work.queue.pop_front()?;
         if work.todo.contains(&oid) {
             return Some(oid);
         }
     }
-    None
 }
 
 /// One pass over the queue with `width` objects in flight. Returns when nothing is left to begin and nothing is in
@@ -226,10 +249,17 @@ async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
 /// Leaves an object to the next pass; `false` if there is no list yet that it could be on.
 fn put_off(active: &Active, oid: Oid) -> bool {
     let mut work = active.work.lock();
-    if work.listed && work.todo.contains(&oid) && !work.failed.contains(&oid) {
+    if !work.listed {
+        return false;
+    }
+    if !work.todo.contains(&oid) {
+        // Nobody lists it: it does not exist, and who waits for it may know.
+        drop(work);
+        active.done(oid);
+    } else if !work.failed.contains(&oid) {
         work.failed.push(oid);
     }
-    work.listed
+    true
 }
 
 /// Spreads objects over time when recovery is throttled.

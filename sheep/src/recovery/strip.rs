@@ -1,8 +1,9 @@
 //! Recovering one strip of an erasure-coded object (spec 06, 10.6, without its mixing of states, W-01).
 //!
-//! A strip is looked for at the node that had its index, newest epoch first, but never before an epoch in which the
-//! index had no home: writes of that epoch did not reach it, so an older strip is out of date. Then it is computed
-//! from `d` other strips that were found by the same rule.
+//! Epochs are searched newest first. In each one every index is asked of the node that had it; the wanted strip itself,
+//! or `d` others to compute it from, end the search. Strips of an older epoch join those of a newer one only if the
+//! newer epoch cannot have acknowledged a write of the object: one of its homes, whose store was there, did not have its
+//! strip. So strips of different states never meet.
 
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use sheepdog_buffer::PageBuf;
 use sheepdog_erasure::Code;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, ResultCode};
 use sheepdog_store::{Replica, Store, StoreError};
 
 use super::Active;
@@ -19,17 +20,16 @@ use super::object::{COPY_DEADLINE, Recovered};
 use crate::cluster::ops::epoch_log;
 use crate::sheep::Sheep;
 
-/// What the search for one strip gave.
-enum Found {
+/// What a node said about a strip.
+enum Answer {
     Strip(Bytes),
-    /// Every epoch that could have it says no.
+    /// It did not have it in that epoch, and would know.
     Absent,
-    /// A node that may have it is away or does not answer.
     Unknown(String),
     Replaced,
 }
 
-/// The object being recovered, and what never changes about it.
+/// The object being recovered, and what was found of it.
 struct Search<'a> {
     sheep: &'a Arc<Sheep>,
     active: &'a Active,
@@ -37,8 +37,8 @@ struct Search<'a> {
     oid: Oid,
     code: Code,
     len: u64,
-    /// Homes by index of each epoch looked at, newest first: loaded once for all strips.
-    history: Vec<(Epoch, Vec<NodeId>)>,
+    wanted: usize,
+    found: Vec<(usize, Bytes)>,
 }
 
 /// Recovers the strip of `oid` that `replica` names, `len` bytes long.
@@ -50,15 +50,11 @@ pub async fn recover(
     code: Code,
     len: u64,
 ) -> Recovered {
-    let mut search = Search { sheep, active, store, oid: replica.oid, code, len, history: Vec::new() };
-    let index = usize::from(replica.strip.unwrap_or(0));
-    let strip = match search.find(index).await {
-        Found::Strip(strip) => strip,
-        Found::Replaced => return Recovered::Replaced,
-        own => match search.decode(index, matches!(own, Found::Absent)).await {
-            Ok(strip) => strip,
-            Err(outcome) => return outcome,
-        },
+    let wanted = usize::from(replica.strip.unwrap_or(0));
+    let mut search = Search { sheep, active, store, oid: replica.oid, code, len, wanted, found: Vec::new() };
+    let strip = match search.run().await {
+        Ok(strip) => strip,
+        Err(outcome) => return outcome,
     };
     let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return Recovered::Replaced };
     match store.create_if_absent(replica, len, 0, strip).await {
@@ -68,60 +64,74 @@ pub async fn recover(
 }
 
 impl Search<'_> {
-    /// Homes by index at the `n`-th epoch back from the round's target; `Ok(None)` = there is none.
-    async fn epoch_back(&mut self, n: usize) -> Result<Option<(Epoch, Vec<NodeId>)>, String> {
-        while self.history.len() <= n {
-            let (epoch, nodes) = match self.history.last() {
-                None => (self.active.round.tgt_epoch, self.active.round.old.clone()),
-                Some((last, _)) if last.0 <= 1 => return Ok(None),
-                Some((last, _)) => {
-                    let epoch = Epoch(last.0 - 1);
-                    let log = epoch_log(self.sheep, epoch).await;
-                    (epoch, log.ok_or_else(|| format!("the members of epoch {epoch} are not known"))?.nodes)
-                }
-            };
-            let weights = Weights::of_cluster(self.sheep.views.load().flags);
-            let ring = Ring::new(nodes, weights).map_err(|e| e.to_string())?;
-            let homes = ring.nodes_of(self.oid, self.code.strips()).map(|n| n.nid).collect();
-            self.history.push((epoch, homes));
-        }
-        Ok(self.history.get(n).cloned())
-    }
-
-    async fn find(&mut self, index: usize) -> Found {
+    async fn run(&mut self) -> Result<Bytes, Recovered> {
         let floor = self.sheep.recovery.last_gathered();
-        for n in 0.. {
-            let (epoch, homes) = match self.epoch_back(n).await {
-                Ok(Some(found)) => found,
-                Ok(None) => return Found::Absent,
-                Err(reason) => return Found::Unknown(reason),
-            };
-            let Some(home) = homes.get(index) else {
-                // Writes of this epoch had nowhere to put this strip: older ones are out of date.
-                return Found::Absent;
-            };
-            match self.ask(*home, index, epoch).await {
-                Ok(strip) => return Found::Strip(strip),
-                Err(ResultCode::OLD_NODE_VER) => return Found::Replaced,
-                Err(ResultCode::NO_OBJ) => {}
-                Err(code) => {
-                    return Found::Unknown(format!("strip {index} at epoch {epoch}: {home}: {code}"));
-                }
+        let mut epoch = self.active.round.tgt_epoch;
+        let mut nodes = self.active.round.old.clone();
+        loop {
+            if let Some(strip) = self.search(epoch, nodes).await? {
+                return Ok(strip);
             }
-            if epoch.0 <= floor.0 {
-                return Found::Absent;
+            if epoch.0 <= 1 || epoch.0 <= floor.0 {
+                return Err(match self.found.len() {
+                    0 => Recovered::Nowhere,
+                    n => Recovered::Later(format!("only {n} strips are left")),
+                });
             }
+            epoch = Epoch(epoch.0 - 1);
+            let log = epoch_log(self.sheep, epoch).await;
+            nodes = log
+                .ok_or_else(|| Recovered::Later(format!("the members of epoch {epoch} are not known")))?
+                .nodes;
         }
-        Found::Absent
     }
 
-    async fn ask(&self, home: NodeId, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
-        if home == self.sheep.me {
-            return self.own(index, epoch).await;
+    /// Looks at one epoch. `Ok(None)` = it had no state of its own, older ones may be added.
+    async fn search(&mut self, epoch: Epoch, nodes: Vec<NodeRecord>) -> Result<Option<Bytes>, Recovered> {
+        let weights = Weights::of_cluster(self.sheep.views.load().flags);
+        let ring = Ring::new(nodes, weights).map_err(|e| Recovered::Later(e.to_string()))?;
+        let homes: Vec<NodeId> = ring.nodes_of(self.oid, self.code.strips()).map(|n| n.nid).collect();
+        let (mut unknown, mut proven) = (None, false);
+        let order = std::iter::once(self.wanted).chain((0..self.code.strips()).filter(|i| *i != self.wanted));
+        for index in order {
+            let Some(home) = homes.get(index) else { continue };
+            if self.found.iter().any(|(i, _)| *i == index) {
+                continue;
+            }
+            match self.ask(*home, index, epoch).await {
+                Answer::Strip(strip) if index == self.wanted => return Ok(Some(strip)),
+                Answer::Strip(strip) => self.found.push((index, strip)),
+                Answer::Absent => proven = true,
+                Answer::Unknown(reason) => unknown = Some(reason),
+                Answer::Replaced => return Err(Recovered::Replaced),
+            }
+            if self.found.len() == self.code.data_strips() {
+                return self.decode().map(Some);
+            }
         }
-        if !self.sheep.views.load().is_member(&home) {
-            return Err(ResultCode::WAIT_FOR_JOIN);
+        match unknown {
+            Some(reason) if !proven => Err(Recovered::Later(reason)),
+            _ => Ok(None),
         }
+    }
+
+    async fn ask(&self, home: NodeId, index: usize, epoch: Epoch) -> Answer {
+        let strip = if home == self.sheep.me {
+            self.own(index, epoch).await
+        } else if self.sheep.views.load().is_member(&home) {
+            self.remote(home, index, epoch).await
+        } else {
+            return Answer::Unknown(format!("{home}, which had strip {index} at epoch {epoch}, is away"));
+        };
+        match strip {
+            Ok(strip) => Answer::Strip(strip),
+            Err(ResultCode::OLD_NODE_VER) => Answer::Replaced,
+            Err(ResultCode::NO_OBJ) => Answer::Absent,
+            Err(code) => Answer::Unknown(format!("strip {index} at epoch {epoch}: {home}: {code}")),
+        }
+    }
+
+    async fn remote(&self, home: NodeId, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
         let body =
             ObjRequest { oid: self.oid, tgt_epoch: epoch, ec_index: index as u8, ..ObjRequest::zeroed() };
         let request = Request::new(Opcode::READ_PEER)
@@ -142,35 +152,16 @@ impl Search<'_> {
             Err(StoreError::NoObject) => self.store.read_stale(replica, epoch, 0, len).await,
             other => other,
         };
-        read.map_err(|error| crate::faults::recovery_result(self.sheep, &error))
+        match read {
+            Err(StoreError::NoObject) if !self.sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
+            other => other.map_err(|error| crate::faults::recovery_result(self.sheep, &error)),
+        }
     }
 
-    /// Computes the strip from others. `absent`: nobody ever had it as it is now, so with no other strip either there
-    /// is no object.
-    async fn decode(&mut self, index: usize, absent: bool) -> Result<Bytes, Recovered> {
-        let mut strips: Vec<(usize, Bytes)> = Vec::new();
-        let mut unknown = if absent { None } else { Some(format!("strip {index} is out of reach")) };
-        for other in (0..self.code.strips()).filter(|i| *i != index) {
-            if strips.len() == self.code.data_strips() {
-                break;
-            }
-            match self.find(other).await {
-                Found::Strip(strip) => strips.push((other, strip)),
-                Found::Replaced => return Err(Recovered::Replaced),
-                Found::Absent => {}
-                Found::Unknown(reason) => unknown = Some(reason),
-            }
-        }
-        if strips.len() < self.code.data_strips() {
-            return Err(match unknown {
-                None if strips.is_empty() => Recovered::Nowhere,
-                None => Recovered::Later(format!("only {} strips are left", strips.len())),
-                Some(reason) => Recovered::Later(reason),
-            });
-        }
-        let inputs: Vec<(usize, &[u8])> = strips.iter().map(|(i, strip)| (*i, &strip[..])).collect();
+    fn decode(&self) -> Result<Bytes, Recovered> {
+        let inputs: Vec<(usize, &[u8])> = self.found.iter().map(|(i, strip)| (*i, &strip[..])).collect();
         let mut out = PageBuf::dirty(self.len as usize);
-        match self.code.decode(index, &inputs, &mut out) {
+        match self.code.decode(self.wanted, &inputs, &mut out) {
             Ok(()) => Ok(out.freeze()),
             Err(error) => Err(Recovered::Later(error.to_string())),
         }

@@ -113,7 +113,7 @@ async fn announce(sheep: &Arc<Sheep>, old: VdiId, new: VdiId, params: &Params) -
         block_size_shift: params.shift,
     };
     let request = Request::new(Opcode::NOTIFY_VDI_ADD).with_vdi_state(body);
-    sheep.cluster.submit(request, Bytes::new()).await.response.result.ok()
+    sheep.cluster.submit_internal(request, Bytes::new()).await.response.result.ok()
 }
 
 fn free_id(found: &Found) -> Result<VdiId, ResultCode> {
@@ -150,6 +150,8 @@ async fn write_child(sheep: &Arc<Sheep>, child: &Inode) -> Result<(), ResultCode
     create_inode(sheep, child).await.map_err(|code| {
         tracing::error!("failed to write the inode of {vid:?}: {code}");
         sheep.vdis.mark_phantom(vid);
+        let sheep = sheep.clone();
+        tokio::spawn(async move { sheep.gateway.remove_object(&sheep, Oid::inode(vid)).await });
         ResultCode::VDI_WRITE
     })
 }
@@ -221,6 +223,7 @@ async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), 
 
 async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
+    let _no_updates = sheep.gateway.map_barrier(base).await;
     let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
@@ -247,6 +250,7 @@ async fn live_rollback(
     base: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
+    let _no_updates = sheep.gateway.map_barrier(base).await;
     let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);

@@ -1,6 +1,7 @@
 //! Inodes as cluster operations read and write them: whole prefixes, only the bytes that are used.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_HEADER_LEN, INODE_LOOKUP_LEN, InodeHeader, TABLE_OFFSET};
@@ -19,9 +20,14 @@ pub struct Inode {
     pub grefs: Vec<(i32, i32)>,
 }
 
+/// How long a lookup waits for one inode.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(20);
+
 /// The part of a header that a name lookup needs.
 pub async fn read_lookup_header(sheep: &Arc<Sheep>, vid: VdiId) -> Result<InodeHeader, ResultCode> {
-    let head = sheep.gateway.read_object(sheep, Oid::inode(vid), 0, INODE_LOOKUP_LEN).await?;
+    // A lookup holds up the whole cluster: it does not wait for an inode whose homes are away.
+    let read = sheep.gateway.read_object(sheep, Oid::inode(vid), 0, INODE_LOOKUP_LEN);
+    let head = tokio::time::timeout(LOOKUP_DEADLINE, read).await.map_err(|_| ResultCode::NETWORK_ERROR)??;
     let mut whole = [0; INODE_HEADER_LEN];
     whole[..head.len()].copy_from_slice(&head);
     Ok(InodeHeader::from_bytes(&whole))
@@ -73,14 +79,14 @@ impl Inode {
     }
 }
 
-/// Creates an inode object: the header and the used prefixes, everything else zero. The generation references follow
-/// in a second write, before anybody knows the VDI.
+/// Creates an inode object in one step: a child with its table but without its references would give its parent's
+/// blocks away.
 pub async fn create_inode(sheep: &Arc<Sheep>, inode: &Inode) -> Result<(), ResultCode> {
     let oid = Oid::inode(inode.header.vdi_id);
-    let head = [inode.header.to_bytes().as_slice(), &inode.encode_table()].concat();
-    sheep.gateway.create_object(sheep, oid, 0, head.into()).await?;
+    let mut bytes = [inode.header.to_bytes().as_slice(), &inode.encode_table()].concat();
     if inode.grefs.iter().any(|g| *g != (0, 0)) {
-        sheep.gateway.write_object(sheep, oid, GREF_OFFSET as u64, inode.encode_grefs()).await?;
+        bytes.resize(GREF_OFFSET, 0);
+        bytes.extend_from_slice(&inode.encode_grefs());
     }
-    Ok(())
+    sheep.gateway.create_object(sheep, oid, 0, bytes.into()).await
 }

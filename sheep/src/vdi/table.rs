@@ -10,7 +10,8 @@ use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
 use sheepdog_proto::vdi_state::{self, VdiState};
 use sheepdog_proto::{
-    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId,
+    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NR_VDIS,
+    ResultCode, VDI_BITMAP_LEN, VdiId,
 };
 
 use super::locks::Lock;
@@ -151,9 +152,19 @@ impl VdiTable {
 
     /// Adds what an inode on this node's disks says.
     pub fn add_inode(&self, header: &InodeHeader, vid: VdiId) {
-        self.note_shift(header.block_size_shift);
+        let valid = is_valid(header.nr_copies, header.copy_policy, header.block_size_shift);
         let mut t = self.tables.write();
         t.in_use.set(vid.get() as usize, true);
+        if !valid {
+            tracing::error!(
+                "the inode of {vid:?} is unusable: {} copies, policy {:#x}, block size 2^{}",
+                header.nr_copies,
+                header.copy_policy,
+                header.block_size_shift
+            );
+            return;
+        }
+        self.note_shift(header.block_size_shift);
         if header.is_deleted() {
             t.deleted.set(vid.get() as usize, true);
         }
@@ -174,7 +185,8 @@ impl VdiTable {
 
     /// Adds a record fetched from another node. `from_joiner`: it must not override what is known here.
     pub fn add_record(&self, record: &VdiState, from_joiner: bool) {
-        if record.vid.is_none() || CopyPolicy::from_byte(record.copy_policy).is_err() {
+        if record.vid.is_none() || !is_valid(record.nr_copies, record.copy_policy, record.block_size_shift) {
+            tracing::error!("unusable record of {:?} from another node", record.vid);
             return;
         }
         self.note_shift(record.block_size_shift);
@@ -416,6 +428,13 @@ impl VdiTable {
             free: (free < NR_VDIS).then(|| VdiId::new(free as u32)),
         }
     }
+}
+
+/// Whether objects can be placed and sized by these values.
+pub fn is_valid(copies: u8, policy: u8, shift: u8) -> bool {
+    (1..=MAX_COPIES).contains(&usize::from(copies))
+        && CopyPolicy::from_byte(policy).is_ok()
+        && (MIN_BLOCK_SHIFT..=MAX_BLOCK_SHIFT).contains(&shift)
 }
 
 #[derive(PartialEq)]

@@ -1,3 +1,36 @@
-//! dog
+//! `dog`, the administration client of a Sheepdog cluster (spec 07).
+//!
+//! A one-shot process: it parses the command line by the table of [`commands`], talks to one or more sheep through
+//! [`session`], prints through [`out`] and exits. Everything a script can see, that is arguments, streams and exit
+//! statuses, is interface and reproduced exactly; what happens on the wire only has to mean the same.
 
-fn main() {}
+#[macro_use]
+mod out;
+
+mod args;
+mod btree;
+mod cluster;
+mod commands;
+mod context;
+mod exit;
+mod inode;
+mod invocation_log;
+mod nbd;
+mod nfs;
+mod node;
+mod numbers;
+mod objects;
+mod placement;
+mod session;
+mod start;
+mod sys;
+mod terminal;
+mod vdi;
+mod walk;
+
+fn main() {
+    let words = std::env::args_os().map(args::to_text).collect();
+    let status = start::run(words);
+    out::flush();
+    std::process::exit(status);
+}

@@ -1,0 +1,57 @@
+//! `dog node info` (spec 07, 13.2).
+
+use futures_util::StreamExt;
+use sheepdog_proto::{Opcode, Request};
+
+use crate::context::Context;
+use crate::exit::{Outcome, SYSTEM, fail};
+use crate::inode::Part;
+use crate::numbers::{human_size, percent};
+use crate::walk::walk;
+
+/// Runs the command.
+pub async fn run(context: &Context) -> Outcome {
+    let raw = context.options.raw;
+    let size = |bytes: u64| if raw { bytes.to_string() } else { human_size(bytes) };
+    if !raw {
+        out!("Id\tSize\tUsed\tAvail\tUse%\n");
+    }
+    let (mut answers, mut total, mut free) = (0, 0u64, 0u64);
+    for node in &context.cluster.nodes {
+        // Nodes that do not answer are left out and take no id.
+        let Ok(reply) = context.session.light(&node.nid, Request::new(Opcode::STAT_SHEEP)).await else {
+            continue;
+        };
+        let space = reply.response.node();
+        let used = space.store_size.saturating_sub(space.store_free);
+        let use_percent = percent(used, space.store_size);
+        let (all, used, avail) = (size(space.store_size), size(used), size(space.store_free));
+        if raw {
+            out!("{answers} {all} {used} {avail} {use_percent}%\n");
+        } else {
+            out!("{answers:2}\t{all}\t{used}\t{avail}\t{use_percent:3}%\n");
+        }
+        answers += 1;
+        total = total.saturating_add(space.store_size);
+        free = free.saturating_add(space.store_free);
+    }
+    if answers == 0 {
+        return Err(fail(SYSTEM, "Cannot get information from any nodes"));
+    }
+    let mut virtual_size = 0u64;
+    let mut inodes = walk(&context.session, Part::Header).await?;
+    while let Some(inode) = inodes.next().await {
+        if !inode.header.is_snapshot() {
+            virtual_size = virtual_size.saturating_add(inode.header.vdi_size);
+        }
+    }
+    let used = total.saturating_sub(free);
+    let use_percent = percent(used, total);
+    let (all, used, avail, images) = (size(total), size(used), size(free), size(virtual_size));
+    if raw {
+        out!("Total {all} {used} {avail} {use_percent}% {images}\n");
+    } else {
+        out!("Total\t{all}\t{used}\t{avail}\t{use_percent:3}%\n\nTotal virtual image size\t{images}\n");
+    }
+    Ok(())
+}

@@ -1,0 +1,175 @@
+//! From the command line to an exit status (spec 07, section 1).
+//!
+//! The order of the steps is observable, because it decides which error wins.
+
+use std::os::unix::ffi::OsStringExt;
+use std::time::Instant;
+
+use sheepdog_getopt::{Item, Parser};
+
+use crate::args::{Options, apply_common, parse_port, resolve, to_bytes};
+use crate::commands::{self, Command, Subcommand};
+use crate::context::Context;
+use crate::exit::{BAD_ARGUMENT, Outcome, Stop, fail};
+use crate::out::{self, text};
+use crate::session::{ClusterView, Session};
+
+const TRY_HELP: &str = "Try 'dog --help' for more information.";
+
+/// Runs the command line (with the program's name) and gives the exit status.
+pub fn run(words: Vec<String>) -> i32 {
+    let begin = Instant::now();
+    crate::invocation_log::record(&words);
+    let mut words = words.into_iter();
+    let program = words.next().unwrap_or_else(|| "dog".into());
+    let (command, top) = match find_command(words.next(), words.next()) {
+        Ok(found) => found,
+        Err(status) => return status,
+    };
+    let (options, args) = match parse_options(&program, command, top, words.collect()) {
+        Ok(parsed) => parsed,
+        Err(Stop::Code(status) | Stop::Now(status)) => return status,
+        Err(Stop::Usage) => return usage(command, top, &[]),
+    };
+    let show_time = options.time;
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            out::log(format_args!("failed to start: {e}"));
+            return 2;
+        }
+    };
+    let mut path = Vec::new();
+    let status = match runtime.block_on(dispatch(command, top, options, args, &mut path)) {
+        Err(Stop::Usage) => return usage(command, top, &path),
+        Err(Stop::Now(status)) => return status,
+        Err(Stop::Code(status)) => status,
+        Ok(()) => 0,
+    };
+    if show_time {
+        out!("\nElapsed time: {:.3} seconds\n", begin.elapsed().as_secs_f64());
+    }
+    status
+}
+
+fn usage(command: &Command, top: &Subcommand, path: &[&'static Subcommand]) -> i32 {
+    command.print_usage(top, path);
+    64
+}
+
+fn is_help(word: &str) -> bool {
+    matches!(word, "help" | "--help" | "-h")
+}
+
+/// Finds the table row of the first two words, or the status to exit with.
+fn find_command(
+    first: Option<String>,
+    second: Option<String>,
+) -> Result<(&'static Command, &'static Subcommand), i32> {
+    let Some(name) = first.filter(|word| !is_help(word)) else {
+        commands::print_overview();
+        return Err(0);
+    };
+    let Some(command) = commands::find(&name) else {
+        out::log(format_args!("Invalid command '{}'", text(&to_bytes(&name))));
+        out::log(TRY_HELP);
+        return Err(64);
+    };
+    if let Some(row) = second.as_deref().and_then(|word| command.find(word)) {
+        return Ok((command, row));
+    }
+    if let Some(word) = second.filter(|word| !is_help(word)) {
+        out::log(format_args!("Invalid command '{} {}'", command.name, text(&to_bytes(&word))));
+    }
+    command.log_available();
+    Err(64)
+}
+
+/// Environment, then options in order; `-h` ends with status 0 at once.
+fn parse_options(
+    program: &str,
+    command: &'static Command,
+    top: &'static Subcommand,
+    words: Vec<String>,
+) -> Result<(Options, Vec<Vec<u8>>), Stop> {
+    let mut options = Options::default();
+    if let Some(host) = std::env::var_os("SHEEPDOG_DOG_ADDR") {
+        options.address = resolve(&host.into_vec())?;
+    }
+    if let Some(port) = std::env::var_os("SHEEPDOG_DOG_PORT") {
+        options.port = parse_port(&port.into_vec())?;
+    }
+    let accepted = command.options_of(top);
+    let stop_at_word = std::env::var_os("POSIXLY_CORRECT").is_some();
+    let mut parser = Parser::new(&accepted, words);
+    let mut args = Vec::new();
+    while let Some(item) = parser.next() {
+        match item {
+            Ok(Item::Word(word)) => {
+                args.push(to_bytes(&word));
+                if stop_at_word {
+                    args.extend(parser.rest().iter().map(|w| to_bytes(w)));
+                    break;
+                }
+            }
+            Ok(Item::Option('h', _)) => {
+                command.print_usage(top, &[]);
+                return Err(Stop::Now(0));
+            }
+            Ok(Item::Option(letter, value)) => {
+                let value = to_bytes(&value.unwrap_or_default());
+                apply_common(&mut options, letter, &value)?;
+                (command.apply)(&mut options, letter, &value)?;
+            }
+            Err(e) => {
+                out::log(text(&to_bytes(&format!("{program}: {e}"))));
+                return Err(fail(BAD_ARGUMENT, TRY_HELP));
+            }
+        }
+    }
+    Ok((options, args))
+}
+
+/// Fetches the node list where a row asks for it, follows nested words, runs the handler. `path` receives the nested
+/// rows, for the usage.
+async fn dispatch(
+    command: &'static Command,
+    top: &'static Subcommand,
+    options: Options,
+    args: Vec<Vec<u8>>,
+    path: &mut Vec<&'static Subcommand>,
+) -> Outcome {
+    let session = Session::new(options.address, options.port);
+    let mut context = Context { options, args, session, cluster: ClusterView::default() };
+    let mut row = top;
+    loop {
+        if row.needs_nodes && context.cluster.nodes.is_empty() {
+            context.cluster = ClusterView::fetch(&context.session).await?;
+        }
+        let missing = match context.arg(0) {
+            None => true,
+            Some(word) => word.is_empty() && !path.is_empty(),
+        };
+        if row.needs_operand && missing {
+            return Err(Stop::Usage);
+        }
+        let Some(default) = row.nested.first() else { break };
+        if missing {
+            row = default;
+            continue;
+        }
+        let word = context.args.remove(0);
+        match row.nested.iter().find(|n| n.name.as_bytes() == word) {
+            Some(nested) => row = nested,
+            None => {
+                command.print_usage(top, path);
+                return Err(Stop::Code(1));
+            }
+        }
+        path.push(row);
+    }
+    match row.run {
+        Some(run) => run(&context).await,
+        None => Err(Stop::Usage),
+    }
+}

@@ -1,0 +1,59 @@
+//! Everything that needs no daemon, against captured runs of the original (`dog-cli-usage.json`): usage texts, option
+//! parsing, exit statuses, and every command against a dead port.
+
+mod common;
+
+use common::{Scenario, load, run_dog};
+
+#[test]
+fn usage_options_and_statuses_are_those_captured() {
+    let vectors = load("dog-cli-usage.json");
+    let entries: Vec<&serde_json::Value> = vectors["vectors"].as_array().unwrap().iter().collect();
+    let scratch = tempfile::tempdir().unwrap();
+    let scenario = Scenario::new(&entries, vec![("<T>", scratch.path().display().to_string())]);
+    let mut failures = Vec::new();
+    let mut checked = 0;
+    for entry in entries.iter().filter(|e| e["setup"].as_bool() != Some(true)) {
+        let run = run_dog(&scenario.argv(entry), &scenario.env(entry), b"");
+        checked += 1;
+        failures.extend(scenario.passes(entry, &run).err().map(|e| format!("{}: {e}", entry["id"])));
+    }
+    assert!(failures.is_empty(), "{} of {checked} differ:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn invocations_are_logged_where_the_environment_says() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("dog.log");
+    let env = [
+        ("SHEEPDOG_DOG_LOG".to_string(), "1".to_string()),
+        ("SHEEPDOG_DOG_LOG_PATH".to_string(), path.display().to_string()),
+    ];
+    let run = run_dog(&["vdi".into(), "help".into()], &env, b"");
+    assert_eq!(run.rc, 64);
+    let log = std::fs::read_to_string(&path).unwrap();
+    assert!(log.ends_with(" :  dog vdi help\n"), "{log:?}");
+    assert_eq!(log.len(), "2024 Jan 02 10:00:01 :  dog vdi help\n".len());
+}
+
+#[test]
+fn node_format_writes_a_padded_name_once() {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path().display().to_string();
+    let args = |store: &str| ["node", "format", &dir, store].map(String::from).to_vec();
+    assert_eq!(run_dog(&args("tree"), &[], b"").rc, 0);
+    let mut expected = [0; 16];
+    expected[..4].copy_from_slice(b"tree");
+    assert_eq!(std::fs::read(scratch.path().join("node_config")).unwrap(), expected);
+    let again = run_dog(&args("plain"), &[], b"");
+    assert_eq!(again.rc, 2);
+    let text = format!("config file already exists: {dir}/node_config\n");
+    assert_eq!(String::from_utf8_lossy(&again.stderr), text);
+}
+
+#[test]
+fn commands_of_later_releases_refuse_clearly() {
+    let run = run_dog(&["upgrade", "config-convert", "a", "b"].map(String::from), &[], b"");
+    assert_eq!((run.rc, run.stdout.as_slice()), (2, &b""[..]));
+    assert!(String::from_utf8_lossy(&run.stderr).contains("not supported"));
+}

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use sheepdog_proto::{Oid, VdiId};
+use sheepdog_proto::{Oid, Opcode, Request, VdiId};
 
 use crate::client::Client;
 use crate::vdi::Vdi;
@@ -217,9 +217,17 @@ pub struct Load {
     writers: Vec<JoinHandle<Region>>,
 }
 
+/// The connection, if the daemon behind it is a member of a running cluster: one that still joins refuses clients (spec
+/// 01, 6.1), which is not what the load is about.
+fn once_it_serves(mut client: Client) -> Option<Client> {
+    let (response, _) = client.call(Request::new(Opcode::STAT_SHEEP), &[]).ok()?;
+    response.result.is_ok().then_some(client)
+}
+
 fn connect_any(ports: &[u16], random: &mut SmallRng, stop: &AtomicBool) -> Option<Client> {
     while !stop.load(Ordering::Relaxed) {
-        if let Ok(client) = Client::connect(ports[random.random_range(0..ports.len())]) {
+        let port = ports[random.random_range(0..ports.len())];
+        if let Some(client) = Client::connect(port).ok().and_then(once_it_serves) {
             return Some(client);
         }
         std::thread::sleep(Duration::from_millis(5)); // between two attempts to connect

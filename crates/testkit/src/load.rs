@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use sheepdog_proto::{Oid, Opcode, Request, VdiId};
+use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::client::Client;
-use crate::vdi::Vdi;
+use crate::vdi::{Vdi, refusal};
 
 /// Bytes of a slot.
 pub const SLOT: usize = 4096;
@@ -119,14 +119,20 @@ impl Region {
                 }
                 true
             }
-            Err(e) if e.kind() == io::ErrorKind::Other => {
-                self.errors.push(format!("writer {}: write of slot {slot}: {e}", self.writer));
-                false
-            }
-            Err(_) => {
+            Err(e) => {
                 self.unknown += 1;
+                self.complain("write", slot, &e);
                 false
             }
+        }
+    }
+
+    /// Notes an error that no client should see. A broken connection is none, nor is the answer of a daemon that is told to
+    /// end: both mean "go elsewhere".
+    fn complain(&mut self, what: &str, slot: u64, error: &io::Error) {
+        let ending = matches!(refusal(error), Some(ResultCode::KILLED | ResultCode::SHUTDOWN));
+        if error.kind() == io::ErrorKind::Other && !ending {
+            self.errors.push(format!("writer {}: {what} of slot {slot}: {error:?}", self.writer));
         }
     }
 
@@ -161,9 +167,7 @@ impl Region {
                 true
             }
             Err(e) => {
-                if e.kind() == io::ErrorKind::Other {
-                    self.errors.push(format!("writer {}: read of slot {slot}: {e}", self.writer));
-                }
+                self.complain("read", slot, &e);
                 false
             }
         }

@@ -27,7 +27,12 @@ pub fn name_payload(name: &str, tag: Option<&str>) -> Vec<u8> {
 }
 
 fn fail(result: ResultCode) -> io::Error {
-    io::Error::other(format!("{result:?}"))
+    io::Error::other(result)
+}
+
+/// The result that a daemon answered, if that is what the error is.
+pub fn refusal(error: &io::Error) -> Option<ResultCode> {
+    error.get_ref()?.downcast_ref::<ResultCode>().copied()
 }
 
 impl Client {

@@ -59,12 +59,13 @@ pub enum BtreeNode {
 }
 
 impl BtreeNode {
-    /// Decodes a node. Unknown magic or depth gives an empty leaf; the entry count is bounded by the bytes present.
+    /// Decodes a node. Unknown magic or depth gives an empty leaf; the entry count is bounded by the bytes present,
+    /// of which a node has at most [`BTREE_NODE_LEN`].
     pub fn decode(bytes: &[u8]) -> BtreeNode {
         let Ok(header) = BtreeHeader::decode(bytes) else {
             return BtreeNode::Leaf(Vec::new());
         };
-        let body = &bytes[BtreeHeader::LEN..];
+        let body = &bytes[BtreeHeader::LEN..bytes.len().min(BTREE_NODE_LEN)];
         let count = header.entries as usize;
         match (header.magic, header.depth) {
             (BTREE_MAGIC, 1) => {

@@ -1,0 +1,53 @@
+//! Tests that need fixed ports run in a network namespace of their own.
+//!
+//! Captures depend on ports (they decide placement), and two tests cannot listen on the same one. The test executable
+//! starts itself again for just that test under `unshare`, which needs no privileges where user namespaces are allowed.
+
+use std::process::Command;
+
+use crate::binaries::system;
+
+const MARK: &str = "SHEEPDOG_TEST_IN_NETWORK";
+
+/// Runs the test `name` (its full path inside the executable) again in an own network namespace and returns `true`
+/// when that run is over; inside it returns `false` and the test goes on. Panics if the inner run failed.
+///
+/// ```no_run
+/// // #[test]
+/// fn replay() {
+///     if sheepdog_testkit::in_own_network("wire::replay") {
+///         return;
+///     }
+///     // ports 7120 to 7122 are free here
+/// }
+/// ```
+pub fn in_own_network(name: &str) -> bool {
+    if std::env::var(MARK).as_deref() == Ok(name) {
+        return false;
+    }
+    let exe = std::env::current_exe().expect("the running test has a path");
+    let mut command = Command::new(system("unshare", "util-linux"));
+    if nix::unistd::geteuid().is_root() {
+        command.arg("-n");
+    } else {
+        command.arg("-Urn");
+    }
+    let _needed = system("ip", "iproute2");
+    let output = command
+        .args(["--", "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && exec \"$0\" \"$@\""])
+        .arg(&exe)
+        .args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"])
+        .env(MARK, name)
+        .output()
+        .unwrap_or_else(|e| panic!("unshare: {e}"));
+    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
+    assert!(
+        output.status.success(),
+        "{name} in its own network: {}\n{text}\n\
+         (if this is about namespaces: allow user namespaces, or run the tests as root)",
+        output.status
+    );
+    assert!(text.contains("1 passed"), "no test is called {name}:\n{text}");
+    print!("{text}");
+    true
+}

@@ -1,0 +1,15 @@
+//! End-to-end tests: the real `sheep` and `dog`, real sockets and files, stock clients.
+//!
+//! Build the programs first (`cargo build -p sheep -p dog` with the profile of the tests; `scripts/test` does all of
+//! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
+
+mod bad_input;
+mod epochs;
+mod life;
+mod locks;
+mod nbd;
+mod restart;
+mod safety;
+mod scenarios;
+mod vdi;
+mod wire;

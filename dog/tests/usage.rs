@@ -3,7 +3,13 @@
 
 mod common;
 
-use common::{Scenario, load, run_dog};
+use std::path::Path;
+
+use common::{Run, Scenario, load};
+
+fn run_dog(args: &[String], env: &[(String, String)], stdin: &[u8]) -> Run {
+    common::run(Path::new(env!("CARGO_BIN_EXE_dog")), args, env, stdin)
+}
 
 #[test]
 fn usage_options_and_statuses_are_those_captured() {

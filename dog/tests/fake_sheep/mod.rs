@@ -27,12 +27,12 @@ use sheepdog_proto::{
 pub const PORT: u16 = 7700;
 
 /// One request as it arrived.
+#[allow(dead_code)] // not every test looks at the log
 #[derive(Debug, Clone)]
 pub struct Recorded {
     pub port: u16,
     pub request: Request,
     pub payload: Vec<u8>,
-    pub response: Response,
 }
 
 /// The cluster's state.
@@ -52,6 +52,7 @@ pub struct State {
 }
 
 /// A running cluster.
+#[allow(dead_code)] // not every test looks at the state
 pub struct FakeCluster {
     pub address: Ipv4Addr,
     pub state: Arc<Mutex<State>>,
@@ -144,7 +145,7 @@ impl State {
         response.epoch = self.info.epoch;
         response.data_length = data.len() as u32;
         assert!(data.len() <= request.reply_capacity(), "{request:?}");
-        self.log.push(Recorded { port, request: *request, payload, response });
+        self.log.push(Recorded { port, request: *request, payload });
         (response, data)
     }
 
@@ -201,7 +202,16 @@ impl State {
                 let disk = MdInfo { idx: 0, free: 1 << 35, used: 0, path: fixed_str(b"/disk") };
                 data = encode_md_info(&[disk]);
             }
-            Opcode::REWEIGHT | Opcode::OIDS_EXIST | Opcode::ALTER_VDI_COPY | Opcode::RELEASE_VDI => {}
+            Opcode::REWEIGHT
+            | Opcode::OIDS_EXIST
+            | Opcode::ALTER_VDI_COPY
+            | Opcode::RELEASE_VDI
+            | Opcode::MD_PLUG_DISKS
+            | Opcode::MD_UNPLUG_DISKS
+            | Opcode::KILL_NODE
+            | Opcode::SHUTDOWN
+            | Opcode::NFS_CREATE => {}
+            Opcode::NFS_DELETE => return Err(ResultCode::NO_VDI),
             Opcode::ENABLE_RECOVER => self.info.disable_recovery = 0,
             Opcode::DISABLE_RECOVER => self.info.disable_recovery = 1,
             Opcode::ALTER_CLUSTER_COPY => self.info.nr_copies = request.cluster().copies,

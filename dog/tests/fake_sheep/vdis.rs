@@ -124,7 +124,8 @@ impl State {
         } else if body.store_policy == 1 {
             inode[TABLE_OFFSET..TABLE_OFFSET + 4].copy_from_slice(&[0x74, 0x62, 1, 0]);
         }
-        let shift = if body.block_size_shift == 0 { self.info.block_size_shift } else { body.block_size_shift };
+        let shift =
+            if body.block_size_shift == 0 { self.info.block_size_shift } else { body.block_size_shift };
         let header = InodeHeader {
             name: fixed_str(&name),
             create_time: time,

@@ -8,19 +8,35 @@ use sheepdog_store::StoreError;
 use crate::sheep::Sheep;
 
 /// The answer of a peer whose store failed. Losing the last disk makes the node leave the cluster; the requester is
-/// told to try again, because the next epoch has other homes.
+/// told to try again, because the next epoch has other homes. One unreadable file is a fault of that replica alone: it
+/// counts as missing, and the gateway replaces it.
 pub fn peer_result(sheep: &Arc<Sheep>, error: &StoreError) -> ResultCode {
-    match error.result() {
-        ResultCode::EIO => {
+    match error {
+        StoreError::NoObject | StoreError::InvalidRange { .. } => error.result(),
+        StoreError::Io(_) => {
+            tracing::error!("{error}");
+            ResultCode::NO_OBJ
+        }
+        StoreError::DiskFailed { last: true, .. } | StoreError::Open(_) => {
             tracing::error!("leaving sheepdog cluster: {error}");
             sheep.cluster.leave();
             ResultCode::NETWORK_ERROR
         }
-        code => {
-            if code == ResultCode::NETWORK_ERROR || code == ResultCode::NO_SPACE {
-                tracing::error!("{error}");
-            }
-            code
+        _ => {
+            tracing::error!("{error}");
+            error.result()
         }
+    }
+}
+
+/// As [`peer_result`] for a node that recovers: an unreadable file is not the same as none, because "none" would send
+/// the search to older versions.
+pub fn recovery_result(sheep: &Arc<Sheep>, error: &StoreError) -> ResultCode {
+    match error {
+        StoreError::Io(_) => {
+            tracing::error!("{error}");
+            ResultCode::EIO
+        }
+        _ => peer_result(sheep, error),
     }
 }

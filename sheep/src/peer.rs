@@ -16,7 +16,6 @@ use crate::sheep::Sheep;
 use crate::vdi::reclaim;
 use crate::view::View;
 
-
 fn failed(request: &Request, result: ResultCode) -> Reply {
     Reply::empty(Response::to(request, result))
 }
@@ -34,7 +33,8 @@ async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<Vi
             sheep.views.changed_from(&view).await;
             continue;
         }
-        let exempt = request.flags.contains(Flags::RECOVERY) || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
+        let exempt =
+            request.flags.contains(Flags::RECOVERY) || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
         if exempt || sheep.recovery.ready(sheep, oid, &view).await {
             return Ok(view);
         }
@@ -42,7 +42,11 @@ async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<Vi
 }
 
 /// As [`admit`], and additionally holds the epoch until the pass is dropped.
-async fn admit_write(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<(Arc<View>, Pass), ResultCode> {
+async fn admit_write(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit(sheep, request, oid).await?;
         match sheep.gate.enter(request.epoch) {
@@ -102,18 +106,19 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
         return Err(ResultCode::INVALID_PARMS);
     }
     let replica = Sheep::replica(body.oid);
+    let recovering = request.flags.contains(Flags::RECOVERY);
+    let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
     match store.read(replica, body.offset.into(), len).await {
         Err(StoreError::NoObject) => {}
-        other => return other.map_err(|e| crate::faults::peer_result(sheep, &e)),
+        other => return other.map_err(|e| fault(sheep, &e)),
     }
-    let recovering = request.flags.contains(Flags::RECOVERY);
     let epoch = if recovering { body.tgt_epoch } else { request.epoch };
     let wanted = request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
     if !wanted || epoch == Epoch(0) {
         return Err(ResultCode::NO_OBJ);
     }
     let stale = store.read_stale(replica, epoch, body.offset.into(), len).await;
-    stale.map_err(|e| crate::faults::peer_result(sheep, &e))
+    stale.map_err(|e| fault(sheep, &e))
 }
 
 async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {

@@ -1,6 +1,5 @@
 //! [`Sheep`]: what all parts of a running daemon share.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -43,18 +42,6 @@ pub struct Sheep {
     pub stats: Stats,
     /// Requests in progress, and how to learn that there are none.
     pub outstanding: Outstanding,
-    /// Reads and changes the log level.
-    pub log_level: Box<dyn LogLevel>,
-    /// The metadata directory's path.
-    pub base: PathBuf,
-}
-
-/// Run-time control of the log.
-pub trait LogLevel: Send + Sync {
-    /// 0 (emergencies) to 7 (debug).
-    fn get(&self) -> u8;
-    /// Sets it.
-    fn set(&self, level: u8);
 }
 
 /// Counts client requests in progress; the daemon ends when it is told to and there are none (spec 04, 17.6).

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use sheepdog_placement::{Homes, Ring};
-use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, NodeId, NodeRecord, Oid};
+use sheepdog_proto::{ClusterFlags, ClusterInfo, ClusterStatus, Epoch, NodeId, NodeRecord, Oid};
 use tokio::sync::watch;
 
 /// One state of the cluster as requests see it.
@@ -35,6 +35,8 @@ pub struct View {
     pub ring: Ring,
     /// Whether this node has a member list at all (joined).
     pub joined: bool,
+    /// The same as CLUSTER_INFO carries it, with the members at `epoch`.
+    pub info: ClusterInfo,
 }
 
 impl View {
@@ -50,7 +52,8 @@ impl View {
 
     /// This node's position among the homes of `oid`.
     pub fn my_position(&self, oid: Oid, copies: u8) -> Option<usize> {
-        self.homes(oid, copies).iter().position(|i| self.members()[i].nid == self.me)
+        let me = self.ring.index_of(&self.me)?;
+        self.homes(oid, copies).position(me)
     }
 
     /// Whether `node` is a present member.

@@ -41,6 +41,22 @@ enum WriteHalf {
     Unix(unix::OwnedWriteHalf),
 }
 
+impl ReadHalf {
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            ReadHalf::Tcp(half) => half.readable().await,
+            ReadHalf::Unix(half) => half.readable().await,
+        }
+    }
+
+    fn try_read(&self, out: &mut [u8]) -> io::Result<usize> {
+        match self {
+            ReadHalf::Tcp(half) => half.try_read(out),
+            ReadHalf::Unix(half) => half.try_read(out),
+        }
+    }
+}
+
 impl WriteHalf {
     fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
@@ -70,7 +86,7 @@ pub fn split(stream: Stream) -> (FrameReader, FrameWriter) {
             (ReadHalf::Unix(r), WriteHalf::Unix(w))
         }
     };
-    let reader = FrameReader { half: read, buffer: vec![0; READ_BUFFER].into(), start: 0, end: 0 };
+    let reader = FrameReader { half: read, buffer: None, start: 0, end: 0 };
     let shared = Arc::new(Shared { half: write, state: Mutex::default(), wake: Notify::new() });
     tokio::spawn(write_queued(shared.clone()));
     (reader, FrameWriter { shared })
@@ -79,26 +95,40 @@ pub fn split(stream: Stream) -> (FrameReader, FrameWriter) {
 /// The receiving side.
 pub struct FrameReader {
     half: ReadHalf,
-    buffer: Box<[u8]>,
+    /// Present while bytes are in it: an idle connection holds no memory.
+    buffer: Option<PageBuf>,
     start: usize,
     end: usize,
 }
 
 impl FrameReader {
+    /// Receives what has arrived, waiting for at least one byte; 0 at the end of the stream.
     async fn fill(&mut self) -> io::Result<usize> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-        } else if self.end == self.buffer.len() {
-            self.buffer.copy_within(self.start..self.end, 0);
+            self.buffer = None;
+        } else if self.end == READ_BUFFER
+            && let Some(buffer) = &mut self.buffer
+        {
+            buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let room = &mut self.buffer[self.end..];
-        let n = match &mut self.half {
-            ReadHalf::Tcp(half) => half.read(room).await?,
-            ReadHalf::Unix(half) => half.read(room).await?,
-        };
-        self.end += n;
-        Ok(n)
+        loop {
+            self.half.readable().await?;
+            let buffer = self.buffer.get_or_insert_with(|| PageBuf::dirty(READ_BUFFER));
+            match self.half.try_read(&mut buffer[self.end..]) {
+                Ok(n) => {
+                    self.end += n;
+                    return Ok(n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn buffered(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
 
     /// The next header; `None` at a clean end of the stream.
@@ -113,7 +143,7 @@ impl FrameReader {
             }
         }
         let mut header = [0; HEADER_LEN];
-        header.copy_from_slice(&self.buffer[self.start..self.start + HEADER_LEN]);
+        header.copy_from_slice(&self.buffered()[..HEADER_LEN]);
         self.start += HEADER_LEN;
         Ok(Some(header))
     }
@@ -125,7 +155,7 @@ impl FrameReader {
 
     async fn read_into(&mut self, out: &mut [u8]) -> io::Result<()> {
         let buffered = out.len().min(self.end - self.start);
-        out[..buffered].copy_from_slice(&self.buffer[self.start..self.start + buffered]);
+        out[..buffered].copy_from_slice(&self.buffered()[..buffered]);
         self.start += buffered;
         if buffered == out.len() {
             return Ok(());

@@ -95,7 +95,13 @@ fn ids(nodes: &[NodeRecord]) -> Vec<NodeId> {
 
 impl State {
     /// State of a starting node: `nodes` are the members of its last logged epoch.
-    pub fn new(me: NodeRecord, startup: Startup, config: StoreConfig, epoch: Epoch, nodes: Vec<NodeRecord>) -> State {
+    pub fn new(
+        me: NodeRecord,
+        startup: Startup,
+        config: StoreConfig,
+        epoch: Epoch,
+        nodes: Vec<NodeRecord>,
+    ) -> State {
         let mut flags = config.flags;
         if config.ctime == 0 {
             flags = if startup.auto_vnodes {
@@ -164,7 +170,10 @@ impl State {
         } else if self.is_foreign(theirs) {
             actions.push(Action::Log(
                 tracing::Level::WARN,
-                format!("{} belongs to another cluster (created {:x}) and will have to leave", node.nid, theirs.header.ctime),
+                format!(
+                    "{} belongs to another cluster (created {:x}) and will have to leave",
+                    node.nid, theirs.header.ctime
+                ),
             ));
         }
         let mut answer = self.info.clone();
@@ -174,9 +183,7 @@ impl State {
     }
 
     fn is_foreign(&self, theirs: &ClusterInfo) -> bool {
-        theirs.header.epoch.0 != 0
-            && self.epoch().0 != 0
-            && theirs.header.ctime != self.info.header.ctime
+        theirs.header.epoch.0 != 0 && self.epoch().0 != 0 && theirs.header.ctime != self.info.header.ctime
     }
 
     fn judge_waiting(
@@ -230,10 +237,14 @@ impl State {
             let cluster_auto = h.flags.contains(ClusterFlags::AUTO_VNODES);
             match (cluster_auto, self.auto_vnodes()) {
                 (true, false) => {
-                    return Some("failed to join for vnodes strategy unmatch.  cluster:fixed, joined:auto".into());
+                    return Some(
+                        "failed to join for vnodes strategy unmatch.  cluster:fixed, joined:auto".into(),
+                    );
                 }
                 (false, true) => {
-                    return Some("failed to join for vnodes strategy unmatch.  cluster:auto, joined:fixed".into());
+                    return Some(
+                        "failed to join for vnodes strategy unmatch.  cluster:auto, joined:fixed".into(),
+                    );
                 }
                 _ => {}
             }
@@ -242,7 +253,12 @@ impl State {
     }
 
     /// A node was accepted; `answer` is the cluster as the members see it (spec 04, 5.2 and 5.8).
-    pub fn accept(&mut self, node: &NodeRecord, members: Vec<NodeRecord>, answer: ClusterInfo) -> Vec<Action> {
+    pub fn accept(
+        &mut self,
+        node: &NodeRecord,
+        members: Vec<NodeRecord>,
+        answer: ClusterInfo,
+    ) -> Vec<Action> {
         let mut actions = Vec::new();
         let is_me = node.nid == self.me.nid;
         if is_me && let Some(reason) = self.refusal(&answer) {
@@ -396,9 +412,14 @@ impl State {
     }
 
     /// MAKE_FS (spec 04, 9.1).
-    pub fn format(&mut self, request: &sheepdog_proto::header::ClusterRequest, store: &[u8]) -> Result<Vec<Action>, ResultCode> {
+    pub fn format(
+        &mut self,
+        request: &sheepdog_proto::header::ClusterRequest,
+        store: &[u8],
+    ) -> Result<Vec<Action>, ResultCode> {
         let copies = if request.copies == 0 { 3 } else { request.copies };
-        let shift = if request.block_size_shift == 0 { DEFAULT_BLOCK_SHIFT } else { request.block_size_shift };
+        let shift =
+            if request.block_size_shift == 0 { DEFAULT_BLOCK_SHIFT } else { request.block_size_shift };
         let policy = CopyPolicy::from_byte(request.copy_policy).map_err(|_| ResultCode::INVALID_PARMS)?;
         let copies = if policy.is_erasure() { policy.strips() } else { copies };
         if usize::from(copies) > MAX_COPIES
@@ -482,6 +503,14 @@ impl State {
         self.info.header.nr_copies = copies;
         self.config.copies = copies;
         Ok(vec![Action::SaveConfig, Action::Publish])
+    }
+
+    /// A round in the present epoch: redundancy or disks changed.
+    pub fn same_epoch_round(&self) -> Vec<Action> {
+        let epoch = self.epoch();
+        let round =
+            Round { epoch, tgt_epoch: epoch, old: self.members.clone(), announce: false, wildcard: false };
+        vec![Action::StashMoved(epoch), Action::Publish, Action::Recover(round)]
     }
 
     /// ENABLE_RECOVER, DISABLE_RECOVER.

@@ -73,11 +73,8 @@ async fn changes(
     let span = high - low + 1;
     let bytes = sheep.gateway.read_object(sheep, oid, gref_offset(first + low as u32), span * 8).await?;
     let grefs = inode::grefs(&bytes);
-    let change = |i: usize| Change {
-        index: first + i as u32,
-        old: inode::table(&old)[i].get(),
-        gref: grefs[i - low],
-    };
+    let change =
+        |i: usize| Change { index: first + i as u32, old: inode::table(&old)[i].get(), gref: grefs[i - low] };
     Ok(differing.into_iter().map(change).collect())
 }
 
@@ -116,5 +113,12 @@ pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
         if !result.is_ok() {
             tracing::warn!("{vid:?}: refresh was not announced: {result}");
         }
+    }
+}
+
+impl super::Gateway {
+    /// Keeps table updates of `vid` out until the value is dropped, and waits for those in progress here.
+    pub async fn map_barrier(&self, vid: VdiId) -> crate::order::Turn {
+        self.maps.turn(Oid::inode(vid), 0..1, true).await
     }
 }

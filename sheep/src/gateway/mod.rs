@@ -48,10 +48,7 @@ fn reply(request: &Request, result: ResultCode) -> Reply {
 
 /// An answer with data.
 pub fn reply_data(request: &Request, data: Bytes) -> Reply {
-    let response = Response {
-        data_length: data.len() as u32,
-        ..Response::to(request, ResultCode::SUCCESS)
-    };
+    let response = Response { data_length: data.len() as u32, ..Response::to(request, ResultCode::SUCCESS) };
     Reply { response, data }
 }
 
@@ -182,3 +179,9 @@ async fn copy_on_write(
     sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
 }
 
+impl Gateway {
+    /// Keeps this gateway's requests to `oid` waiting until the value is dropped.
+    pub async fn hold(&self, oid: Oid) -> crate::order::Turn {
+        self.order.turn(oid, 0..u64::MAX, true).await
+    }
+}

@@ -84,7 +84,11 @@ where
 fn request_for(opcode: Opcode, oid: Oid, offset: u64, epoch: Epoch, copies: u8) -> Request {
     let body = ObjRequest { oid, offset: offset as u32, copies, ..ObjRequest::zeroed() };
     let request = Request::new(opcode).epoch(epoch).with_obj(body);
-    if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER { request } else { request.flag(Flags::WRITE) }
+    if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER {
+        request
+    } else {
+        request.flag(Flags::WRITE)
+    }
 }
 
 impl Gateway {
@@ -199,7 +203,8 @@ impl Gateway {
         let done: parking_lot::Mutex<Vec<NodeId>> = parking_lot::Mutex::default();
         let done = &done;
         retry(sheep, oid, false, |view, copies| async move {
-            let request = Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
+            let request =
+                Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
             replicas::decref(sheep, &view, request, copies, done).await
         })
         .await

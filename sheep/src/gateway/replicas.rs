@@ -34,7 +34,12 @@ impl From<ResultCode> for Failure {
 }
 
 /// Sends one peer request to `node`, which may be this one.
-pub async fn call(sheep: &Arc<Sheep>, node: NodeId, request: Request, payload: Bytes) -> Result<Reply, Failure> {
+pub async fn call(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    request: Request,
+    payload: Bytes,
+) -> Result<Reply, Failure> {
     let reply = if node == sheep.me {
         let mut reply = peer::execute(sheep, request, payload).await;
         reply.response.epoch = sheep.views.epoch();
@@ -54,7 +59,7 @@ pub async fn call(sheep: &Arc<Sheep>, node: NodeId, request: Request, payload: B
 
 fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Vec<NodeId>, Failure> {
     let oid = request.obj().oid;
-    let mut nodes: Vec<NodeId> = view.homes(oid, copies).iter().map(|i| view.members()[i].nid).collect();
+    let mut nodes: Vec<NodeId> = view.ring.nodes_of(oid, copies.into()).map(|n| n.nid).collect();
     if nodes.is_empty() {
         return Err(Failure::from(ResultCode::WAIT_FOR_JOIN));
     }
@@ -187,7 +192,10 @@ pub async fn decref(
         match result {
             Ok(_) => done.lock().push(*node),
             Err(failure) if failure.code == ResultCode::NETWORK_ERROR => {
-                tracing::warn!("{}: outcome of a reference drop on {node} is unknown, leaving it", request.obj().oid);
+                tracing::warn!(
+                    "{}: outcome of a reference drop on {node} is unknown, leaving it",
+                    request.obj().oid
+                );
                 done.lock().push(*node);
             }
             Err(failure) => failures.push(failure),

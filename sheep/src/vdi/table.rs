@@ -4,11 +4,14 @@
 //! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
 use sheepdog_proto::vdi_state::{self, VdiState};
-use sheepdog_proto::{CopyPolicy, NR_VDIS, VDI_BITMAP_LEN, VdiId};
+use sheepdog_proto::{
+    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, NR_VDIS, ResultCode, VDI_BITMAP_LEN, VdiId,
+};
 
 use super::locks::Lock;
 
@@ -99,7 +102,15 @@ struct Tables {
 /// See the module's documentation.
 pub struct VdiTable {
     tables: RwLock<Tables>,
+    /// Copies of the table for nodes that join (spec 05, section 18), by epoch.
+    checkpoints: Mutex<BTreeMap<Epoch, Vec<VdiState>>>,
+    /// This node is still learning lock states.
+    collecting: AtomicBool,
+    max_shift: AtomicU8,
 }
+
+/// Checkpoints kept at most; older ones are of joiners that never came back for them.
+const MAX_CHECKPOINTS: usize = 8;
 
 /// Where a name's VDIs are and which id a new one takes (spec 05, section 2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +130,9 @@ impl Default for VdiTable {
                 entries: BTreeMap::new(),
                 phantoms: BTreeSet::new(),
             }),
+            checkpoints: Mutex::default(),
+            collecting: AtomicBool::new(false),
+            max_shift: AtomicU8::new(DEFAULT_BLOCK_SHIFT),
         }
     }
 }
@@ -128,10 +142,16 @@ impl VdiTable {
     pub fn clear(&self) {
         let fresh = VdiTable::default().tables.into_inner();
         *self.tables.write() = fresh;
+        self.checkpoints.lock().clear();
+    }
+
+    fn note_shift(&self, shift: u8) {
+        self.max_shift.fetch_max(shift.min(MAX_BLOCK_SHIFT), Ordering::Relaxed);
     }
 
     /// Adds what an inode on this node's disks says.
     pub fn add_inode(&self, header: &InodeHeader, vid: VdiId) {
+        self.note_shift(header.block_size_shift);
         let mut t = self.tables.write();
         t.in_use.set(vid.get() as usize, true);
         if header.is_deleted() {
@@ -157,6 +177,7 @@ impl VdiTable {
         if record.vid.is_none() || CopyPolicy::from_byte(record.copy_policy).is_err() {
             return;
         }
+        self.note_shift(record.block_size_shift);
         let mut t = self.tables.write();
         let bit = record.vid.get() as usize;
         t.in_use.set(bit, true);
@@ -177,6 +198,7 @@ impl VdiTable {
 
     /// NOTIFY_VDI_ADD: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
     pub fn announce(&self, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
+        self.note_shift(redundancy.block_size_shift);
         let mut t = self.tables.write();
         if let Some(entry) = t.entries.get_mut(&old) {
             entry.snapshot = true;
@@ -297,6 +319,11 @@ impl VdiTable {
         }
     }
 
+    /// Largest block size of any VDI, as a power of two.
+    pub fn max_block_shift(&self) -> u8 {
+        self.max_shift.load(Ordering::Relaxed)
+    }
+
     /// The bitmap of READ_VDIS.
     pub fn in_use_bitmap(&self) -> Vec<u8> {
         self.tables.read().in_use.0.to_vec()
@@ -319,6 +346,39 @@ impl VdiTable {
         let t = self.tables.read();
         let told = t.entries.iter().filter(|(vid, _)| !t.phantoms.contains(vid));
         told.map(|(vid, entry)| entry.record(*vid)).collect()
+    }
+
+    /// Keeps a copy of the table for a node that joins at `epoch` + 1.
+    pub fn take_checkpoint(&self, epoch: Epoch) {
+        let records = self.records();
+        let mut checkpoints = self.checkpoints.lock();
+        checkpoints.entry(epoch).or_insert(records);
+        while checkpoints.len() > MAX_CHECKPOINTS {
+            checkpoints.pop_first();
+        }
+    }
+
+    /// Forgets a checkpoint, if there is one.
+    pub fn free_checkpoint(&self, epoch: Epoch) {
+        self.checkpoints.lock().remove(&epoch);
+    }
+
+    /// A VDI's record in a checkpoint.
+    pub fn checkpoint_record(&self, epoch: Epoch, vid: VdiId) -> Result<VdiState, ResultCode> {
+        let checkpoints = self.checkpoints.lock();
+        let records = checkpoints.get(&epoch).ok_or(ResultCode::AGAIN)?;
+        let record = records.iter().find(|r| r.vid == vid).ok_or(ResultCode::NO_CHECKPOINT_ENTRY)?;
+        Ok(VdiState { parent_vid: VdiId::NONE, ..*record })
+    }
+
+    /// Whether lock states are still being learned.
+    pub fn is_collecting(&self) -> bool {
+        self.collecting.load(Ordering::Acquire)
+    }
+
+    /// Says whether lock states are still being learned.
+    pub fn set_collecting(&self, collecting: bool) {
+        self.collecting.store(collecting, Ordering::Release);
     }
 
     /// Probe range of a name (spec 05, section 2).
@@ -403,7 +463,13 @@ mod tests {
     use super::*;
 
     fn rep(copies: u8) -> Redundancy {
-        Redundancy { copies, policy: CopyPolicy::REPLICATED, block_size_shift: 22, snapshot: false, known: true }
+        Redundancy {
+            copies,
+            policy: CopyPolicy::REPLICATED,
+            block_size_shift: 22,
+            snapshot: false,
+            known: true,
+        }
     }
 
     fn vid(v: u32) -> VdiId {

@@ -105,7 +105,10 @@ fn every_membership_event_raises_the_epoch_by_one_and_recovers_from_the_one_befo
         let actions = s.leave(&gone.me, rest.clone());
         assert_eq!(s.epoch(), Epoch(2));
         let Some(Action::Recover(round)) = actions.last() else { panic!("{actions:?}") };
-        assert_eq!((round.epoch, round.tgt_epoch, round.old.len(), round.announce), (Epoch(2), Epoch(1), 3, true));
+        assert_eq!(
+            (round.epoch, round.tgt_epoch, round.old.len(), round.announce),
+            (Epoch(2), Epoch(1), 3, true)
+        );
     }
     states.push(restart(&gone));
     let actions = join(&mut states, 2);
@@ -172,7 +175,10 @@ fn foreign_and_mismatched_nodes_refuse_themselves() {
     let actions = join(&mut states, 2);
     assert_eq!(
         actions[2],
-        [Action::Exit(1, vec!["joining node ctime doesn't match: 77 vs 78".into(), "failed to join Sheepdog".into()])]
+        [Action::Exit(
+            1,
+            vec!["joining node ctime doesn't match: 77 vs 78".into(), "failed to join Sheepdog".into()]
+        )]
     );
 
     let mut states = formatted(&[1]);

@@ -1,0 +1,149 @@
+//! Joins a cluster through a driver, prints its events, takes requests from standard input: the counterpart of a sheep
+//! in this crate's tests, and a probe for what a queue really delivers.
+//!
+//! Usage: `cluster-member DRIVER IP PORT`, then one of `join`, `leave`, `notify TEXT`, `block`, `unblock TEXT`,
+//! `update VNODES`, `hint`, `decline` (stop answering joins), `quit` per line.
+
+use std::io::{BufRead, Write};
+use std::net::IpAddr;
+use std::process::ExitCode;
+
+use sheepdog_cluster::{Driver, DriverError, Event, block_event_signal, open};
+use sheepdog_proto::cluster::ClusterInfoHeader;
+use sheepdog_proto::{ClusterInfo, INTERNAL_PROTO_VERSION, NodeId, NodeRecord};
+use tokio::sync::mpsc;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    let parsed = match args.as_slice() {
+        [_, spec, ip, port] => ip.parse().ok().zip(port.parse().ok()).map(|id| (spec, id)),
+        _ => None,
+    };
+    let Some((spec, (ip, port))) = parsed else {
+        eprintln!("usage: cluster-member DRIVER IP PORT");
+        return ExitCode::from(2);
+    };
+    match run(spec, ip, port) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Error>> {
+    block_event_signal()?;
+    let (driver, mut events) = open(spec)?;
+    let (lines, mut commands) = mpsc::channel(64);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            if lines.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let node = NodeRecord { nid: NodeId::new(ip, port), nr_vnodes: 128, ..NodeRecord::zeroed() };
+    let info = ClusterInfo { header: ClusterInfoHeader::zeroed(), nodes: Vec::new() };
+    let mut member = Member { node, info, wanted: 0, declining: false };
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => member.show(event),
+                    None => return,
+                },
+                line = commands.recv() => match line.as_deref() {
+                    None | Some("quit") => return,
+                    Some(line) => member.obey(&*driver, line).await,
+                },
+            }
+        }
+    });
+    Ok(())
+}
+
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // A reader that went away is no concern of the cluster.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn list(members: &[NodeRecord]) -> String {
+    members.iter().map(|n| n.nid.host_port()).collect::<Vec<_>>().join(",")
+}
+
+struct Member {
+    node: NodeRecord,
+    info: ClusterInfo,
+    /// Blocks asked for and not granted yet.
+    wanted: usize,
+    declining: bool,
+}
+
+impl Member {
+    fn show(&mut self, event: Event) {
+        match event {
+            Event::Join { node, members, answer, .. } => {
+                say(&format!("join {:?} members={}", node.nid, list(&members)));
+                let header = ClusterInfoHeader { proto_ver: INTERNAL_PROTO_VERSION, ..self.info.header };
+                answer.give((!self.declining).then_some(ClusterInfo { header, nodes: members }));
+            }
+            Event::Accept { node, members, info } => {
+                say(&format!(
+                    "accept {:?} members={} version={}",
+                    node.nid,
+                    list(&members),
+                    info.header.proto_ver
+                ));
+            }
+            Event::Leave { node, members } => {
+                say(&format!("leave {:?} members={}", node.nid, list(&members)))
+            }
+            Event::Block { node, answer } => {
+                let granted = node.nid == self.node.nid && self.wanted > 0;
+                if granted {
+                    self.wanted -= 1;
+                    say("granted");
+                }
+                answer.give(granted);
+            }
+            Event::Notify { sender, message } => {
+                say(&format!("notify {:?} {}", sender.nid, String::from_utf8_lossy(&message)));
+            }
+            Event::UpdateNode { node, members } => {
+                let listed = members.iter().find(|n| n.nid == node.nid).map_or(0, |n| n.nr_vnodes);
+                say(&format!("update {:?} vnodes={} listed={listed}", node.nid, node.nr_vnodes));
+            }
+            Event::Reconnect => say("reconnect"),
+            Event::Failed(text) => say(&format!("failed {text}")),
+        }
+    }
+
+    async fn obey(&mut self, driver: &dyn Driver, line: &str) {
+        let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let result: Result<(), DriverError> = match verb {
+            "join" => driver.join(self.node, self.info.clone()).await,
+            "leave" => driver.leave().await,
+            "notify" => driver.notify(rest.into()).await,
+            "block" => {
+                self.wanted += 1;
+                driver.block().await
+            }
+            "unblock" => driver.unblock(rest.into()).await,
+            "update" => match rest.parse() {
+                Ok(nr_vnodes) => driver.update_node(NodeRecord { nr_vnodes, ..self.node }).await,
+                Err(_) => return say("error update: not a number"),
+            },
+            "hint" => return say(&format!("hint {}", list(&driver.members_hint()))),
+            "decline" => {
+                self.declining = true;
+                return say("declining");
+            }
+            _ => return say(&format!("error {verb}: unknown")),
+        };
+        if let Err(e) = result {
+            say(&format!("error {verb}: {e}"));
+        }
+    }
+}

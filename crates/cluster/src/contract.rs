@@ -1,0 +1,230 @@
+//! What the daemon may rely on, whatever the driver (spec 04, 4.1 and 4.2).
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+
+use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
+use thiserror::Error;
+
+/// A boxed future, so that drivers can be trait objects.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// One step of the cluster's common history. Members are in node order, without those that left but still run.
+#[derive(Debug)]
+pub enum Event {
+    /// A node asks to join. Raised on at least one existing member, and on the joiner itself when nobody else is there
+    /// to answer. `Some(info)` is what everybody receives in the accept, `None` means "not answered here".
+    Join {
+        /// The joining node.
+        node: NodeRecord,
+        /// Present members without it.
+        members: Vec<NodeRecord>,
+        /// What the joiner knows about the cluster.
+        info: ClusterInfo,
+        /// The verdict.
+        answer: Answer<Option<ClusterInfo>>,
+    },
+    /// A node is a member from here on. For the joiner it is the first event but its own join.
+    Accept {
+        /// The new member.
+        node: NodeRecord,
+        /// Members with it.
+        members: Vec<NodeRecord>,
+        /// The answered cluster info.
+        info: ClusterInfo,
+    },
+    /// A node left, crashed, or was lost; also raised on the node itself if it still runs.
+    Leave {
+        /// The node.
+        node: NodeRecord,
+        /// Members without it.
+        members: Vec<NodeRecord>,
+    },
+    /// The cluster-wide mutex is free for `node`. Only the requester answers `true`, once it started its operation.
+    Block {
+        /// Whose turn it is.
+        node: NodeRecord,
+        /// `true` = the mutex is taken until [`Driver::unblock`].
+        answer: Answer<bool>,
+    },
+    /// A message of [`Driver::notify`] or [`Driver::unblock`], on its sender too.
+    Notify {
+        /// Who sent it.
+        sender: NodeRecord,
+        /// The message as sent.
+        message: Vec<u8>,
+    },
+    /// A member changed its weight, space or disks.
+    UpdateNode {
+        /// The new record.
+        node: NodeRecord,
+        /// Members with the new record.
+        members: Vec<NodeRecord>,
+    },
+    /// The session was lost; the daemon joins again (ZooKeeper only).
+    Reconnect,
+    /// The driver cannot go on: the daemon ends with status 1 and this text.
+    Failed(String),
+}
+
+/// The right to answer a question once. Dropping it gives the default answer (`None`, `false`).
+pub struct Answer<T: Default>(Option<Box<dyn FnOnce(T) + Send>>);
+
+impl<T: Default> Answer<T> {
+    /// An answer that is handed to `deliver`, exactly once.
+    pub fn new(deliver: impl FnOnce(T) + Send + 'static) -> Answer<T> {
+        Answer(Some(Box::new(deliver)))
+    }
+
+    /// Answers.
+    pub fn give(mut self, value: T) {
+        if let Some(deliver) = self.0.take() {
+            deliver(value);
+        }
+    }
+}
+
+impl<T: Default> Drop for Answer<T> {
+    fn drop(&mut self) {
+        if let Some(deliver) = self.0.take() {
+            deliver(T::default());
+        }
+    }
+}
+
+impl<T: Default> std::fmt::Debug for Answer<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Answer")
+    }
+}
+
+/// A source of membership and of totally ordered messages. Success of a call means that the request is in the common
+/// history (or will be without further action); its effect arrives as an [`Event`].
+pub trait Driver: Send + Sync {
+    /// Name as in `-c`.
+    fn name(&self) -> &'static str;
+
+    /// The address to advertise when the operator gave none (spec 04, 16.4).
+    fn local_addr(&self) -> Result<IpAddr, DriverError>;
+
+    /// Members present now, for checks before joining (spec 04, 5.4). Empty if none or unknown.
+    fn members_hint(&self) -> Vec<NodeRecord>;
+
+    /// Asks to join as `me`, telling the cluster what this node knows of it.
+    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Result<(), DriverError>>;
+
+    /// Leaves: others see a [`Event::Leave`], this process goes on receiving every event. Without effect before
+    /// joining and the second time.
+    fn leave(&self) -> BoxFuture<'_, Result<(), DriverError>>;
+
+    /// Sends a message of at most [`sheepdog_proto::MAX_CLUSTER_MESSAGE`] bytes to all members, this one included.
+    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Result<(), DriverError>>;
+
+    /// Asks for the cluster-wide mutex; [`Event::Block`] announces it.
+    fn block(&self) -> BoxFuture<'_, Result<(), DriverError>>;
+
+    /// Releases the mutex and sends `message` in one step.
+    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Result<(), DriverError>>;
+
+    /// Announces a changed record of this node; address and port must be those it joined with.
+    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Result<(), DriverError>>;
+}
+
+/// Why a driver refused or failed.
+#[derive(Debug, Error)]
+pub enum DriverError {
+    /// No driver has this name.
+    #[error("Invalid cluster driver '{0}'")]
+    UnknownDriver(String),
+    /// A driver of this project that this version does not contain.
+    #[error("cluster driver '{0}' is not built in this version")]
+    NotBuilt(&'static str),
+    /// The text after `name:` is unusable.
+    #[error("invalid option of cluster driver '{driver}': {reason}")]
+    BadOption {
+        /// The driver.
+        driver: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("{what} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// The shared file holds what no writer produces.
+    #[error("{}: not a usable event queue: {reason} (remove the file if no sheep uses it)", path.display())]
+    BadQueue {
+        /// The queue file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// SIGUSR1 is not blocked, so a peer's signal would kill the process.
+    #[error("SIGUSR1 must be blocked before any thread starts")]
+    SignalNotBlocked,
+    /// Somebody who lives is a member under this address.
+    #[error("{node} is already a member of the cluster (pid {pid})")]
+    AddressInUse {
+        /// The address.
+        node: NodeId,
+        /// The process that has it.
+        pid: i32,
+    },
+    /// The cluster has as many members as the driver can list.
+    #[error("the cluster already has {0} members")]
+    Full(usize),
+    /// The member list of the last epoch is longer than the driver can carry.
+    #[error("the last epoch has {got} nodes, the driver carries {max}")]
+    InfoTooLong {
+        /// Nodes in the list.
+        got: usize,
+        /// Most nodes.
+        max: usize,
+    },
+    /// A message above the limit.
+    #[error("cluster message of {got} bytes, at most {max}")]
+    MessageTooLong {
+        /// Its length.
+        got: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The call needs a joined node.
+    #[error("not a member of the cluster")]
+    NotJoined,
+    /// Second join.
+    #[error("already joined")]
+    AlreadyJoined,
+    /// The record given is another node's.
+    #[error("{0} is not this node")]
+    NotMe(NodeId),
+    /// Unblock without having the mutex.
+    #[error("the cluster is not blocked by this node")]
+    NotBlocked,
+    /// The driver ended before.
+    #[error("the cluster driver has stopped")]
+    Stopped,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn an_answer_is_delivered_once_and_dropping_it_gives_the_default() {
+        let (tx, rx) = mpsc::channel();
+        let sender = tx.clone();
+        Answer::new(move |v: bool| sender.send(v).expect("receiver lives")).give(true);
+        drop(Answer::new(move |v: bool| tx.send(v).expect("receiver lives")));
+        assert_eq!(rx.iter().collect::<Vec<_>>(), [true, false]);
+    }
+}

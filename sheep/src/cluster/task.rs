@@ -1,0 +1,430 @@
+//! The cluster task: owns the [`State`], applies the driver's events in order, carries out what follows from them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use sheepdog_client::Reply;
+use sheepdog_cluster::{Driver, Event};
+use sheepdog_placement::{Ring, Weights};
+use sheepdog_proto::config::EpochLog;
+use sheepdog_proto::message::ClusterMessage;
+use sheepdog_proto::{ClusterStatus, Flags, NodeRecord, Response, ResultCode};
+use tokio::sync::{mpsc, watch};
+
+use super::handle::{Command, Submission};
+use super::state::{Action, State};
+use super::worker::{Work, Worker};
+use crate::dispatch;
+use crate::sheep::Sheep;
+use crate::view::View;
+
+/// A call that must reach the driver in this order.
+enum DriverCall {
+    Notify(u64, Vec<u8>),
+    Block(u64),
+    Unblock(u64, Vec<u8>),
+    Leave,
+    UpdateNode(NodeRecord, tokio::sync::oneshot::Sender<ResultCode>),
+}
+
+/// An operation whose message is on its way.
+struct Sent {
+    token: u64,
+    submission: Submission,
+}
+
+/// See the module's documentation.
+pub struct Task {
+    /// Shared with everybody.
+    pub sheep: Arc<Sheep>,
+    /// Owned here alone.
+    pub state: State,
+    worker: Worker,
+    driver: mpsc::UnboundedSender<DriverCall>,
+    next_token: u64,
+    notifies: VecDeque<Sent>,
+    blocks: VecDeque<Submission>,
+    block_asked: bool,
+    running: Option<Submission>,
+    unblocking: Option<Sent>,
+    exit: watch::Sender<Option<i32>>,
+}
+
+async fn call_driver(
+    driver: Arc<dyn Driver>,
+    mut calls: mpsc::UnboundedReceiver<DriverCall>,
+    handle: super::ClusterHandle,
+) {
+    while let Some(call) = calls.recv().await {
+        let (token, result) = match call {
+            DriverCall::Notify(token, message) => (token, driver.notify(message).await),
+            DriverCall::Block(token) => (token, driver.block().await),
+            DriverCall::Unblock(token, message) => (token, driver.unblock(message).await),
+            DriverCall::Leave => (0, driver.leave().await),
+            DriverCall::UpdateNode(node, reply) => {
+                let result = driver.update_node(node).await;
+                let code = if result.is_ok() { ResultCode::SUCCESS } else { ResultCode::CLUSTER_ERROR };
+                let _ = reply.send(code);
+                (0, result)
+            }
+        };
+        if let Err(error) = result {
+            handle.send(Command::DriverFailed(token, error.to_string()));
+        }
+    }
+}
+
+/// The view that a state means.
+pub fn view_of(state: &State) -> View {
+    let h = &state.info.header;
+    let mut info = state.cluster_info();
+    info.header.proto_ver = sheepdog_proto::INTERNAL_PROTO_VERSION;
+    let ring = Ring::new(state.members.clone(), Weights::of_cluster(h.flags)).unwrap_or_else(|error| {
+        tracing::error!("cannot place objects on {} nodes: {error}", state.members.len());
+        Ring::new(Vec::new(), Weights::Recorded).expect("a ring of no nodes has no limits to pass")
+    });
+    View {
+        epoch: h.epoch,
+        status: state.status,
+        ctime: h.ctime,
+        flags: h.flags,
+        nr_copies: h.nr_copies,
+        copy_policy: h.copy_policy,
+        block_size_shift: h.block_size_shift,
+        disable_recovery: h.disable_recovery != 0,
+        me: state.me.nid,
+        ring,
+        joined: state.joined,
+        info,
+    }
+}
+
+impl Task {
+    /// Starts the task; `exit` gets the process's exit status when the cluster decides that it ends.
+    pub fn spawn(
+        sheep: Arc<Sheep>,
+        state: State,
+        driver: Arc<dyn Driver>,
+        worker: Worker,
+        events: mpsc::UnboundedReceiver<Event>,
+        commands: mpsc::UnboundedReceiver<Command>,
+        exit: watch::Sender<Option<i32>>,
+    ) {
+        let (calls, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(call_driver(driver, receiver, sheep.cluster.clone()));
+        let task = Task {
+            sheep,
+            state,
+            worker,
+            driver: calls,
+            next_token: 1,
+            notifies: VecDeque::new(),
+            blocks: VecDeque::new(),
+            block_asked: false,
+            running: None,
+            unblocking: None,
+            exit,
+        };
+        tokio::spawn(task.run(events, commands));
+    }
+
+    async fn run(
+        mut self,
+        mut events: mpsc::UnboundedReceiver<Event>,
+        mut commands: mpsc::UnboundedReceiver<Command>,
+    ) {
+        loop {
+            tokio::select! {
+                biased;
+                event = events.recv() => match event {
+                    Some(event) => self.event(event).await,
+                    None => return self.end(1, &["the cluster driver has stopped".into()]),
+                },
+                command = commands.recv() => match command {
+                    Some(command) => self.command(command).await,
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn end(&self, code: i32, lines: &[String]) {
+        for line in lines {
+            if code == 0 { tracing::info!("{line}") } else { tracing::error!("{line}") }
+        }
+        self.exit.send_if_modified(|exit| exit.is_none() && exit.insert(code) == &code);
+    }
+
+    async fn event(&mut self, event: Event) {
+        match event {
+            Event::Join { node, members, info, answer } => {
+                let mut actions = Vec::new();
+                let verdict = self.state.judge_join(&node, &members, &info, &mut actions);
+                self.act(actions).await;
+                answer.give(verdict);
+            }
+            Event::Accept { node, members, info } => {
+                tracing::info!("{} joined, {} members", node.nid, members.len());
+                let actions = self.state.accept(&node, members, info);
+                self.act(actions).await;
+            }
+            Event::Leave { node, members } => {
+                tracing::info!("{} left, {} members", node.nid, members.len());
+                let actions = self.state.leave(&node, members);
+                self.act(actions).await;
+            }
+            Event::UpdateNode { node, members } => {
+                let actions = self.state.update_node(&node, members);
+                self.act(actions).await;
+            }
+            Event::Block { node, answer } => {
+                let mine =
+                    node.nid == self.state.me.nid && self.running.is_none() && self.unblocking.is_none();
+                let next = if mine { self.blocks.pop_front() } else { None };
+                answer.give(next.is_some());
+                if let Some(submission) = next {
+                    self.worker.push(Work::Operation(submission.request, submission.payload.clone()));
+                    self.running = Some(submission);
+                }
+            }
+            Event::Notify { sender, message } => self.deliver(sender, &message).await,
+            Event::Reconnect => {
+                let actions = self.state.reconnect();
+                self.act(actions).await;
+            }
+            Event::Failed(reason) => self.end(1, &[reason]),
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.submit(submission),
+            Command::WorkDone(reply) => self.work_done(reply),
+            Command::DriverFailed(token, error) => self.driver_failed(token, &error),
+            Command::Leave => {
+                let _ = self.driver.send(DriverCall::Leave);
+            }
+            Command::Kill => {
+                let actions = self.state.kill();
+                self.act(actions).await;
+            }
+            Command::Rebuild => {
+                if self.state.status == ClusterStatus::Ok {
+                    let actions = self.state.same_epoch_round();
+                    self.act(actions).await;
+                }
+            }
+            Command::UpdateNode(node, reply) => {
+                let _ = self.driver.send(DriverCall::UpdateNode(node, reply));
+            }
+        }
+    }
+
+    fn token(&mut self) -> u64 {
+        self.next_token += 1;
+        self.next_token
+    }
+
+    fn submit(&mut self, mut submission: Submission) {
+        submission.request.epoch = self.state.epoch();
+        if !ClusterMessage::fits(submission.payload.len()) {
+            let response = Response::to(&submission.request, ResultCode::INVALID_PARMS);
+            let _ = submission.reply.send(Reply::empty(response));
+            return;
+        }
+        if dispatch::work_part(submission.request.opcode).is_some() {
+            self.blocks.push_back(submission);
+            self.ask_block();
+            return;
+        }
+        let message = ClusterMessage {
+            request: submission.request,
+            response: Response::to(&submission.request, ResultCode::SUCCESS),
+            data: submission.payload.to_vec(),
+        };
+        let token = self.token();
+        self.notifies.push_back(Sent { token, submission });
+        let _ = self.driver.send(DriverCall::Notify(token, message.encode()));
+    }
+
+    /// One block at a time: the next is asked for when the last one's message has come back (spec 04, 13.3).
+    fn ask_block(&mut self) {
+        if !self.blocks.is_empty() && !self.block_asked {
+            self.block_asked = true;
+            let _ = self.driver.send(DriverCall::Block(0));
+        }
+    }
+
+    fn work_done(&mut self, reply: Reply) {
+        let Some(submission) = self.running.take() else { return };
+        let request = submission.request;
+        let data = if dispatch::main_part(request.opcode).is_none() {
+            vec![0; reply.data.len()]
+        } else if request.flags.contains(Flags::WRITE) {
+            submission.payload.to_vec()
+        } else {
+            reply.data.to_vec()
+        };
+        let mut response = reply.response;
+        response.data_length = data.len() as u32;
+        if request.flags.contains(Flags::WRITE) {
+            response.data_length = 0;
+        }
+        let message = ClusterMessage { request, response, data };
+        let token = self.token();
+        self.unblocking = Some(Sent { token, submission });
+        let _ = self.driver.send(DriverCall::Unblock(token, message.encode()));
+    }
+
+    fn driver_failed(&mut self, token: u64, error: &str) {
+        tracing::error!("cluster driver: {error}");
+        let refuse = |sent: Sent| {
+            let response = Response::to(&sent.submission.request, ResultCode::CLUSTER_ERROR);
+            let _ = sent.submission.reply.send(Reply::empty(response));
+        };
+        if let Some(at) = self.notifies.iter().position(|s| s.token == token) {
+            self.notifies.remove(at).into_iter().for_each(refuse);
+        } else if self.unblocking.as_ref().is_some_and(|s| s.token == token) {
+            self.end(1, &[format!("Failed to unblock, {error}, exiting.")]);
+        } else if token == 0 && self.block_asked && self.running.is_none() && self.unblocking.is_none() {
+            self.block_asked = false;
+            for submission in self.blocks.drain(..) {
+                refuse(Sent { token, submission });
+            }
+        }
+    }
+
+    async fn deliver(&mut self, sender: NodeRecord, bytes: &[u8]) {
+        let mut message = match ClusterMessage::decode(bytes) {
+            Ok(message) => message,
+            Err(error) => {
+                tracing::error!("{} sent an unusable message: {error}", sender.nid);
+                return;
+            }
+        };
+        let opcode = message.request.opcode;
+        let mine = if sender.nid != self.state.me.nid {
+            None
+        } else if dispatch::work_part(opcode).is_some() {
+            self.block_asked = false;
+            self.unblocking.take()
+        } else {
+            self.notifies.pop_front()
+        };
+        if message.response.result.is_ok()
+            && let Some(main) = dispatch::main_part(opcode)
+        {
+            message.response.result = main(self, &message, &sender).await;
+        }
+        if let Some(sent) = mine {
+            let has_data = !message.request.flags.contains(Flags::WRITE) && message.response.result.is_ok();
+            let data = if has_data { message.data.into() } else { bytes::Bytes::new() };
+            let mut response = message.response;
+            response.data_length = data.len() as u32;
+            let _ = sent.submission.reply.send(Reply { response, data });
+        }
+        self.ask_block();
+    }
+
+    /// Carries out actions in order. While they change what requests may rely on, no replica is written here.
+    pub async fn act(&mut self, actions: Vec<Action>) {
+        if actions.contains(&Action::Publish) {
+            self.sheep.gate.close().await;
+        }
+        for action in actions {
+            self.act_one(action).await;
+        }
+    }
+
+    async fn act_one(&mut self, action: Action) {
+        match action {
+            Action::Log(tracing::Level::ERROR, text) => tracing::error!("{text}"),
+            Action::Log(tracing::Level::WARN, text) => tracing::warn!("{text}"),
+            Action::Log(_, text) => tracing::info!("{text}"),
+            Action::Exit(code, lines) => self.end(code, &lines),
+            Action::SaveConfig => self.save_config(),
+            Action::SaveEpoch => self.save_epoch(),
+            Action::RemoveEpochs(latest) => {
+                if let Err(error) = self.sheep.meta.remove_epochs(latest) {
+                    tracing::error!("cannot remove old epochs: {error}");
+                }
+            }
+            Action::WipeStore => self.wipe().await,
+            Action::StashAll => self.stash_all().await,
+            Action::StashMoved(suffix) => self.stash_moved(suffix).await,
+            Action::Publish => self.publish(),
+            Action::FetchVdis(nodes, joiners) => self.worker.push(Work::Fetch(nodes, joiners)),
+            Action::Recover(round) => self.sheep.recovery.start(round),
+            Action::Gathered(epoch) => self.sheep.recovery.gathered(&self.sheep, epoch).await,
+            Action::DropNode(node) => {
+                self.sheep.peers.forget(&node);
+                self.sheep.vdis.for_each_lock(|lock| lock.drop_participant(node));
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let view = view_of(&self.state);
+        let (status, epoch) = (view.status, view.epoch);
+        self.sheep.views.publish(view);
+        if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown {
+            self.sheep.gate.open(epoch);
+        }
+    }
+
+    fn save_config(&self) {
+        let written = tokio::task::block_in_place(|| self.sheep.meta.write_config(&self.state.config));
+        if let Err(error) = written {
+            tracing::error!("cannot write the configuration: {error}");
+        }
+    }
+
+    /// An epoch that cannot be logged would be unknown after a restart: the node ends instead.
+    fn save_epoch(&mut self) {
+        let ring = view_of(&self.state).ring;
+        if self.state.info.nodes.len() == ring.nodes().len() {
+            self.state.info.nodes = ring.nodes().to_vec();
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let log = EpochLog { nodes: self.state.info.nodes.clone(), time: now.as_secs() as i64 };
+        let epoch = self.state.epoch();
+        if let Err(error) = tokio::task::block_in_place(|| self.sheep.meta.write_epoch(epoch, &log)) {
+            self.end(1, &[format!("cannot log current epoch {epoch}: {error}")]);
+        }
+    }
+
+    async fn wipe(&mut self) {
+        self.sheep.recovery.stop();
+        if let Some(store) = &self.sheep.store
+            && let Err(error) = store.format().await
+        {
+            tracing::error!("cannot format the store: {error}");
+        }
+        self.sheep.vdis.clear();
+    }
+
+    async fn stash_all(&mut self) {
+        let Some(store) = &self.sheep.store else { return };
+        let epoch = self.sheep.meta.latest_epoch().unwrap_or_default();
+        if let Err(error) = store.stash_all(epoch).await {
+            tracing::error!("cannot move objects to the stale area: {error}");
+        }
+    }
+
+    /// Moves what is no longer at home here, by the view about to be published.
+    async fn stash_moved(&mut self, suffix: sheepdog_proto::Epoch) {
+        let Some(store) = &self.sheep.store else { return };
+        let view = view_of(&self.state);
+        for replica in store.working() {
+            let copies = self.sheep.copies_of(replica.oid, &view);
+            let position = view.my_position(replica.oid, copies);
+            let at_home = match replica.strip {
+                None => position.is_some(),
+                Some(strip) => position == Some(usize::from(strip)),
+            };
+            if !at_home && let Err(error) = store.stash(replica, suffix).await {
+                tracing::error!("cannot move {} to the stale area: {error}", replica.oid);
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The ordered worker: fetches of VDI tables and work parts of cluster operations, one after another.
+//!
+//! They share one queue so that a VDI is never looked up or created between a node's join and the arrival of its table
+//! (spec 04, 5.6).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sheepdog_client::Reply;
+use sheepdog_proto::{NodeId, Opcode, Request, Response, ResultCode, VdiState, Wire};
+use tokio::sync::{mpsc, watch};
+
+use super::handle::Command;
+use crate::dispatch;
+use crate::sheep::Sheep;
+
+/// Deadline of one fetch.
+const FETCH_DEADLINE: Duration = Duration::from_secs(5);
+/// Attempts to fetch a joiner's table; a joiner tries for as long as the other is a member.
+const MEMBER_ATTEMPTS: usize = 3;
+/// First reply buffer, in records.
+const FIRST_RECORDS: usize = 512;
+/// Largest reply buffer: a record for every possible VDI would be 24 GB; this holds a million.
+const MAX_RECORDS: usize = 1 << 20;
+
+/// One piece of work.
+pub enum Work {
+    /// Fetch these nodes' tables; they are joiners' if the flag says so.
+    Fetch(Vec<NodeId>, bool),
+    /// Run the work part of an operation and report to the cluster task.
+    Operation(Request, Bytes),
+}
+
+/// The queue's entrance.
+#[derive(Clone)]
+pub struct Worker {
+    queue: mpsc::UnboundedSender<Work>,
+    fetches: watch::Sender<usize>,
+}
+
+impl Worker {
+    /// The worker and its queue's other end, for [`run`].
+    pub fn new() -> (Worker, mpsc::UnboundedReceiver<Work>) {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        (Worker { queue, fetches: watch::Sender::new(0) }, receiver)
+    }
+
+    /// Queues work. At most one operation and one fetch per membership event are ever queued.
+    pub fn push(&self, work: Work) {
+        if matches!(work, Work::Fetch(..)) {
+            self.fetches.send_modify(|n| *n += 1);
+        }
+        let _ = self.queue.send(work);
+    }
+
+    /// Waits until every fetch queued so far has been done.
+    pub async fn fetched(&self) {
+        // The sender lives in self.
+        let _ = self.fetches.subscribe().wait_for(|n| *n == 0).await;
+    }
+}
+
+/// Works the queue off, for ever.
+pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedReceiver<Work>) {
+    while let Some(work) = queue.recv().await {
+        match work {
+            Work::Fetch(nodes, joiners) => {
+                for node in nodes {
+                    fetch(&sheep, node, joiners).await;
+                }
+                worker.fetches.send_modify(|n| *n -= 1);
+            }
+            Work::Operation(request, payload) => {
+                let reply = operation(&sheep, request, payload).await;
+                sheep.cluster.send(Command::WorkDone(reply));
+            }
+        }
+    }
+}
+
+async fn operation(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
+    match dispatch::work_part(request.opcode) {
+        Some(work) => work(sheep, request, payload).await,
+        None => Reply::empty(Response::to(&request, ResultCode::SYSTEM_ERROR)),
+    }
+}
+
+async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
+    let mut attempt = 0;
+    loop {
+        match fetch_once(sheep, node).await {
+            Ok(records) => {
+                records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
+                return;
+            }
+            Err(error) => {
+                attempt += 1;
+                let gone = !sheep.views.load().is_member(&node);
+                if gone || (joiner && attempt >= MEMBER_ATTEMPTS) {
+                    tracing::error!("failed to get vdi bitmap from {node}: {error}");
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100 << attempt.min(5))).await;
+            }
+        }
+    }
+}
+
+async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, String> {
+    let mut capacity = FIRST_RECORDS;
+    loop {
+        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN);
+        let reply = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await;
+        let reply = reply.map_err(|e| e.to_string())?;
+        match reply.response.result {
+            ResultCode::SUCCESS => {
+                return Ok(reply.data.chunks_exact(VdiState::LEN).map(VdiState::get).collect());
+            }
+            ResultCode::BUFFER_SMALL if capacity < MAX_RECORDS => capacity *= 2,
+            code => return Err(code.to_string()),
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! The sheep daemon: composition of the project's crates (spec 04, 16 to 20).
+//!
+//! Read top-down: [`daemon`] starts everything; [`server`] receives requests; [`dispatch`] says what each one is;
+//! [`gateway`] brings object requests to all replicas, [`peer`] executes them on one; [`cluster`] applies membership
+//! events in order and publishes [`view`]s; [`recovery`] moves objects after them; [`vdi`] is what VDIs are.
+
+pub mod cluster;
+pub mod daemon;
+pub mod dispatch;
+pub mod faults;
+pub mod gate;
+pub mod gateway;
+pub mod listen;
+pub mod ops;
+pub mod order;
+pub mod peer;
+pub mod peers;
+pub mod recovery;
+pub mod server;
+pub mod service;
+pub mod sheep;
+pub mod shell;
+pub mod start;
+pub mod stats;
+pub mod vdi;
+pub mod view;

@@ -1,0 +1,180 @@
+//! This node's objects: existence, hashes, lists, repair; and the discard of a block.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use sheepdog_client::Reply;
+use sheepdog_proto::header::{HashResponse, ObjRequest};
+use sheepdog_proto::inode::table_offset;
+use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, Wire};
+use sheepdog_store::{Replica, StoreError};
+
+use super::{list, result};
+use crate::gateway::map;
+use crate::gateway::object::is_coded;
+use crate::sheep::Sheep;
+
+/// How long a hash request of a newer epoch waits for this node to get there.
+const EPOCH_WAIT: Duration = Duration::from_secs(5);
+/// Deadline of a repair copy.
+const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The name under which this node would store `oid` now; `None` = it would not.
+fn local_name(sheep: &Sheep, oid: Oid) -> Option<Replica> {
+    let view = sheep.views.load();
+    let redundancy = sheep.redundancy(oid.vid(), &view);
+    if !is_coded(oid, &redundancy) {
+        return Some(Sheep::replica(oid));
+    }
+    let strip = view.my_position(oid, redundancy.copies)?;
+    Some(Replica { oid, strip: Some(strip as u8) })
+}
+
+fn is_here(sheep: &Sheep, oid: Oid) -> bool {
+    sheep.store.as_ref().zip(local_name(sheep, oid)).is_some_and(|(store, name)| store.exists(name))
+}
+
+/// EXIST.
+pub fn exist<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let here = is_here(sheep, request.obj().oid);
+        result(&request, if here { ResultCode::SUCCESS } else { ResultCode::NO_OBJ })
+    })
+}
+
+/// OIDS_EXIST: answers those that are not here.
+pub fn oids_exist<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let missing = payload.chunks_exact(8).map(Oid::get).filter(|oid| !is_here(sheep, *oid));
+        let missing: Vec<u8> = missing.flat_map(|oid| oid.0.to_le_bytes()).collect();
+        if missing.is_empty() {
+            return result(&request, ResultCode::SUCCESS);
+        }
+        let mut reply = list(&request, missing);
+        if reply.response.result.is_ok() {
+            reply.response.result = ResultCode::NO_OBJ;
+        }
+        reply
+    })
+}
+
+/// GET_OBJ_LIST.
+pub fn get_obj_list<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let oids = sheep.store.as_ref().map(|s| s.list()).unwrap_or_default();
+        list(&request, oids.iter().flat_map(|oid| oid.0.to_le_bytes()).collect())
+    })
+}
+
+/// GET_HASH. A question of a newer epoch waits for that epoch: until then replica writes of the old one may be on
+/// their way to the object.
+pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        match hash_of(sheep, &request).await {
+            Ok(digest) => {
+                let mut reply = result(&request, ResultCode::SUCCESS);
+                reply.response = reply.response.with_hash(HashResponse { digest });
+                reply
+            }
+            Err(code) => result(&request, code),
+        }
+    })
+}
+
+async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], ResultCode> {
+    let wait = async {
+        loop {
+            let view = sheep.views.load();
+            if !view.epoch.is_before(request.epoch) {
+                return view;
+            }
+            sheep.views.changed_from(&view).await;
+        }
+    };
+    let view = tokio::time::timeout(EPOCH_WAIT, wait).await.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    let body = request.obj();
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let redundancy = sheep.redundancy(body.oid.vid(), &view);
+    if is_coded(body.oid, &redundancy) {
+        return Err(ResultCode::NO_OBJ);
+    }
+    let size = body.oid.size(redundancy.block_size_shift);
+    let replica = Sheep::replica(body.oid);
+    let cache = redundancy.snapshot && body.oid.is_data();
+    let fault = |e: StoreError| crate::faults::peer_result(sheep, &e);
+    match store.hash(replica, size, None, cache).await {
+        Err(StoreError::NoObject) if body.tgt_epoch != Epoch(0) => {
+            store.hash(replica, size, Some(body.tgt_epoch), cache).await.map_err(fault)
+        }
+        other => other.map_err(fault),
+    }
+}
+
+/// REPAIR_REPLICA: replaces this node's replica by a copy of the given node's.
+pub fn repair_replica<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let body = request.forward();
+        let outcome = repair(sheep, body.oid, body.node()).await;
+        result(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
+    })
+}
+
+async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), ResultCode> {
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let view = sheep.views.load();
+    let redundancy = sheep.redundancy(oid.vid(), &view);
+    // Only a member's replica may replace this one: the address comes from a client.
+    if !view.is_member(&source) || source == sheep.me || is_coded(oid, &redundancy) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    let size = oid.size(redundancy.block_size_shift);
+    let read = Request::new(Opcode::READ_PEER)
+        .epoch(view.epoch)
+        .length(size as usize)
+        .with_obj(ObjRequest { oid, ..ObjRequest::zeroed() });
+    let replica = Sheep::replica(oid);
+    // Writes that reach this replica while the copy is made would be undone by it: hold them back.
+    let _turn = sheep.gateway.hold(oid).await;
+    let reply = sheep.peers.call(&source, read, Bytes::new(), REPAIR_DEADLINE).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    reply.response.result.ok()?;
+    let _pass = sheep.gate.enter(view.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+    if let Ok(mine) = store.read(replica, 0, size as usize).await
+        && mine == reply.data
+    {
+        return Ok(());
+    }
+    store.create(replica, size, 0, reply.data).await.map_err(|e| crate::faults::peer_result(sheep, &e))
+}
+
+/// DISCARD_OBJ: gives a block back through the reference count; snapshots are read-only.
+pub fn discard<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let outcome = discard_block(sheep, request.obj().oid).await;
+        result(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
+    })
+}
+
+async fn discard_block(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
+    if !oid.is_data() || oid.index() as usize >= sheepdog_proto::MAX_DATA_OBJS {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    let vid = oid.vid();
+    if sheep.redundancy(vid, &sheep.views.load()).snapshot {
+        return Err(ResultCode::READONLY);
+    }
+    if map::is_btree(sheep, vid).await? {
+        return Err(ResultCode::NO_SUPPORT);
+    }
+    map::update(sheep, vid, table_offset(oid.index()), sheepdog_buffer::zeros(4)).await
+}
+
+/// FLUSH_VDI: every acknowledged write is durable, clients need not ask (spec 06, 6.7).
+pub fn flush_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let _active = sheep.stats.gateway(&request);
+        result(&request, ResultCode::INVALID_PARMS)
+    })
+}

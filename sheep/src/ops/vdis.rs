@@ -1,0 +1,116 @@
+//! The VDI table on the wire, and work parts of VDI operations that only look things up.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use sheepdog_client::Reply;
+use sheepdog_proto::header::VdiResponse;
+use sheepdog_proto::inode::STORE_POLICY_BTREE;
+use sheepdog_proto::{ClusterFlags, Flags, Request, ResultCode, VDI_BITMAP_LEN, Wire};
+
+use super::{list, result};
+use crate::sheep::Sheep;
+use crate::vdi::lookup::{Query, lookup};
+use crate::vdi::objects::read_lookup_header;
+use crate::vdi::{attr, create, delete};
+
+fn bitmap(request: &Request, bits: Vec<u8>) -> Reply {
+    if request.data_length as usize != VDI_BITMAP_LEN || request.flags.contains(Flags::WRITE) {
+        return result(request, ResultCode::INVALID_PARMS);
+    }
+    list(request, bits)
+}
+
+/// READ_VDIS.
+pub fn read_vdis<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { bitmap(&request, sheep.vdis.in_use_bitmap()) })
+}
+
+/// READ_DEL_VDIS.
+pub fn read_del_vdis<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { bitmap(&request, sheep.vdis.deleted_bitmap()) })
+}
+
+/// GET_VDI_COPIES.
+pub fn get_vdi_copies<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { list(&request, sheep.vdis.records().iter().flat_map(|r| r.encode()).collect()) })
+}
+
+/// VDI_STATE_CHECKPOINT_CTL: lock state of a joining node (spec 05, section 18).
+pub fn checkpoint<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        if !sheep.views.load().flags.contains(ClusterFlags::USE_LOCK) {
+            return result(&request, ResultCode::SUCCESS);
+        }
+        let body = request.checkpoint();
+        if body.get == 0 {
+            sheep.vdis.free_checkpoint(body.tgt_epoch);
+            return result(&request, ResultCode::SUCCESS);
+        }
+        match sheep.vdis.checkpoint_record(body.tgt_epoch, body.vid) {
+            Ok(record) => list(&request, record.encode()),
+            Err(code) => result(&request, code),
+        }
+    })
+}
+
+fn vdi_reply(request: &Request, outcome: Result<VdiResponse, ResultCode>) -> Reply {
+    let mut reply = result(request, outcome.err().unwrap_or(ResultCode::SUCCESS));
+    if let Ok(body) = outcome {
+        reply.response = reply.response.with_vdi(body);
+    }
+    reply
+}
+
+async fn find(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<VdiResponse, ResultCode> {
+    let query = Query::parse(payload, request.vdi().snapid)?;
+    let vid = lookup(sheep, &query).await.result?;
+    let redundancy = sheep.redundancy(vid, &sheep.views.load());
+    Ok(VdiResponse {
+        vdi_id: vid,
+        copies: redundancy.copies,
+        block_size_shift: redundancy.block_size_shift,
+        ..VdiResponse::zeroed()
+    })
+}
+
+/// GET_VDI_INFO.
+pub fn get_vdi_info<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { vdi_reply(&request, find(sheep, &request, &payload).await) })
+}
+
+/// LOCK_VDI, work part. Hypervolumes are refused: the clients that lock would take their B-tree for a table.
+pub fn lock_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let outcome = async {
+            if sheep.vdis.is_collecting() {
+                return Err(ResultCode::COLLECTING_CINFO);
+            }
+            let found = find(sheep, &request, &payload).await?;
+            let header = read_lookup_header(sheep, found.vdi_id).await?;
+            if header.store_policy == STORE_POLICY_BTREE { Err(ResultCode::INVALID_PARMS) } else { Ok(found) }
+        };
+        vdi_reply(&request, outcome.await)
+    })
+}
+
+/// RELEASE_VDI, work part: nothing but the order.
+pub fn release_vdi<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { result(&request, ResultCode::SUCCESS) })
+}
+
+/// NEW_VDI, work part.
+pub fn new_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { vdi_reply(&request, create::new_vdi(sheep, &request, &payload).await) })
+}
+
+/// DEL_VDI, work part.
+pub fn del_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { vdi_reply(&request, delete::del_vdi(sheep, &request, &payload).await) })
+}
+
+/// GET_VDI_ATTR, work part.
+pub fn get_vdi_attr<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { vdi_reply(&request, attr::get_vdi_attr(sheep, &request, &payload).await) })
+}

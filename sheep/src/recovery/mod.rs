@@ -1,0 +1,252 @@
+//! Recovery: every node pulls the objects that it should hold and does not (spec 06, section 10).
+//!
+//! One task runs rounds one after another; a newer round replaces the running one. [`round`] is a round's life: list,
+//! copy, announce. [`object`] recovers one object: it never takes an older version while a home of a newer epoch is
+//! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
+//! recovered wait in [`Recovery::ready`] and put it first.
+
+pub mod object;
+pub mod round;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use sheepdog_proto::admin::{RECOVERY_OBJECTS, RECOVERY_PREPARE, RecoveryState, RecoveryThrottling};
+use sheepdog_proto::{Epoch, Oid};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::cluster::state::Round;
+use crate::cluster::worker::Worker;
+use crate::sheep::Sheep;
+use crate::view::View;
+
+/// Side file of the metadata directory that remembers the last epoch in which everybody had everything.
+const GATHERED_FILE: &str = "gathered_epoch";
+
+/// The round that is running.
+pub struct Active {
+    /// What it is about.
+    pub round: Round,
+    /// A newer round began.
+    pub replaced: AtomicBool,
+    /// Objects still to do.
+    pub work: Mutex<Pending>,
+    /// Something was added to the work, or recovery was enabled.
+    pub wake: Notify,
+    finished: AtomicU64,
+}
+
+/// Objects of a round.
+#[derive(Default)]
+pub struct Pending {
+    /// The list has been made.
+    pub listed: bool,
+    /// Objects in it, done or not.
+    pub total: u64,
+    /// Not done, being done included.
+    pub todo: HashSet<Oid>,
+    /// Not begun, in order.
+    pub queue: VecDeque<Oid>,
+    /// Wanted by requests.
+    pub urgent: VecDeque<Oid>,
+    /// Failed in this pass; tried again in the next.
+    pub failed: Vec<Oid>,
+    /// Done although the list is not there yet.
+    done_early: HashSet<Oid>,
+    waiters: HashMap<Oid, Vec<oneshot::Sender<()>>>,
+}
+
+impl Active {
+    /// Marks an object as done and wakes who waits for it.
+    pub fn done(&self, oid: Oid) {
+        let mut work = self.work.lock();
+        if work.todo.remove(&oid) {
+            self.finished.fetch_add(1, Ordering::Relaxed);
+        }
+        if !work.listed {
+            work.done_early.insert(oid);
+        }
+        if let Some(waiters) = work.waiters.remove(&oid) {
+            waiters.into_iter().for_each(|w| {
+                let _ = w.send(());
+            });
+        }
+    }
+
+    /// Whether a newer round began.
+    pub fn is_replaced(&self) -> bool {
+        self.replaced.load(Ordering::Acquire)
+    }
+
+    fn replace(&self) {
+        self.replaced.store(true, Ordering::Release);
+        self.work.lock().waiters.clear();
+        self.wake.notify_waiters();
+        self.wake.notify_one();
+    }
+}
+
+/// See the module's documentation.
+pub struct Recovery {
+    rounds: mpsc::UnboundedSender<Round>,
+    current: Mutex<Option<Arc<Active>>>,
+    gathered: AtomicU32,
+    throttling: Mutex<RecoveryThrottling>,
+    gathered_path: PathBuf,
+}
+
+impl Recovery {
+    /// The recovery of a node with this metadata directory, and the rounds for [`run`].
+    pub fn new(base: &Path, throttling: RecoveryThrottling) -> (Recovery, mpsc::UnboundedReceiver<Round>) {
+        let (rounds, receiver) = mpsc::unbounded_channel();
+        let gathered_path = base.join(GATHERED_FILE);
+        let stored = std::fs::read_to_string(&gathered_path).ok();
+        let gathered = stored.and_then(|s| s.trim().parse().ok()).unwrap_or(1);
+        let recovery = Recovery {
+            rounds,
+            current: Mutex::new(None),
+            gathered: AtomicU32::new(gathered),
+            throttling: Mutex::new(throttling),
+            gathered_path,
+        };
+        (recovery, receiver)
+    }
+
+    /// Starts a round; it replaces the running one. A round that owed the cluster an announcement hands the duty on.
+    pub fn start(&self, mut round: Round) {
+        let mut current = self.current.lock();
+        if let Some(previous) = current.take() {
+            round.announce |= previous.round.announce;
+            previous.replace();
+        }
+        *current = Some(Arc::new(Active {
+            round: round.clone(),
+            replaced: AtomicBool::new(false),
+            work: Mutex::default(),
+            wake: Notify::new(),
+            finished: AtomicU64::new(0),
+        }));
+        let _ = self.rounds.send(round);
+    }
+
+    /// Drops the running round (MAKE_FS).
+    pub fn stop(&self) {
+        if let Some(active) = self.current.lock().take() {
+            active.replace();
+        }
+    }
+
+    /// Whether no round is running.
+    pub fn is_idle(&self) -> bool {
+        self.current.lock().is_none()
+    }
+
+    /// Last epoch in which every member had every object.
+    pub fn last_gathered(&self) -> Epoch {
+        Epoch(self.gathered.load(Ordering::Acquire))
+    }
+
+    /// Every member has recovered `epoch`: stale copies are no longer needed, unless erasure-coded VDIs lack zones.
+    pub async fn gathered(&self, sheep: &Arc<Sheep>, epoch: Epoch) {
+        self.gathered.store(epoch.0, Ordering::Release);
+        if let Err(error) = std::fs::write(&self.gathered_path, format!("{epoch}\n")) {
+            tracing::warn!("cannot write {}: {error}", self.gathered_path.display());
+        }
+        let Some(store) = &sheep.store else { return };
+        if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
+            let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
+            tokio::spawn(async move {
+                if let Err(error) = store.purge_stale(below).await {
+                    tracing::error!("cannot remove stale objects: {error}");
+                }
+            });
+        }
+    }
+
+    /// The answer of STAT_RECOVERY.
+    pub fn state(&self) -> RecoveryState {
+        let Some(active) = self.current.lock().clone() else { return RecoveryState::zeroed() };
+        let work = active.work.lock();
+        RecoveryState {
+            in_recovery: 1,
+            state: if work.listed { RECOVERY_OBJECTS } else { RECOVERY_PREPARE },
+            nr_finished: active.finished.load(Ordering::Relaxed),
+            nr_total: work.total,
+        }
+    }
+
+    /// The limits.
+    pub fn throttling(&self) -> RecoveryThrottling {
+        *self.throttling.lock()
+    }
+
+    /// Sets the limits; throttling is on if both numbers are above 0.
+    pub fn set_throttling(&self, mut limits: RecoveryThrottling) {
+        limits.throttling = (limits.max_exec_count > 0 && limits.queue_work_interval > 0).into();
+        *self.throttling.lock() = limits;
+        if let Some(active) = self.current.lock().as_ref() {
+            active.wake.notify_one();
+        }
+    }
+
+    /// Whether a request may use this node's replica of `oid` now. Waits while the object is still to be recovered
+    /// here, after putting it first; `false` = something changed, look again.
+    pub async fn ready(&self, sheep: &Arc<Sheep>, oid: Oid, view: &View) -> bool {
+        let Some(active) = self.current.lock().clone() else { return true };
+        let Some(store) = &sheep.store else { return true };
+        if store.exists(Sheep::replica(oid)) || !sheep.is_home(oid, view) {
+            return true;
+        }
+        let done = {
+            let mut work = active.work.lock();
+            let needed = if work.listed { work.todo.contains(&oid) } else { !work.done_early.contains(&oid) };
+            if !needed {
+                return true;
+            }
+            if active.is_replaced() {
+                return false;
+            }
+            if !work.urgent.contains(&oid) {
+                work.urgent.push_back(oid);
+            }
+            let (sender, done) = oneshot::channel();
+            work.waiters.entry(oid).or_default().push(sender);
+            done
+        };
+        active.wake.notify_one();
+        // An error means that the round was replaced.
+        let _ = done.await;
+        false
+    }
+}
+
+/// Runs rounds for ever.
+pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedReceiver<Round>) {
+    while let Some(mut round) = rounds.recv().await {
+        while let Ok(newer) = rounds.try_recv() {
+            round = newer;
+        }
+        let Some(active) = sheep.recovery.current.lock().clone() else { continue };
+        if active.round.epoch != round.epoch || active.is_replaced() {
+            continue;
+        }
+        tracing::info!("recovering epoch {}", round.epoch);
+        let complete = round::run(&sheep, &worker, &active).await;
+        if !complete {
+            continue;
+        }
+        let mut current = sheep.recovery.current.lock();
+        if current.as_ref().is_some_and(|c| Arc::ptr_eq(c, &active)) {
+            *current = None;
+        }
+        drop(current);
+        active.replace(); // nobody waits for this round any more
+        if round.announce {
+            let (sheep, epoch) = (sheep.clone(), round.epoch);
+            tokio::spawn(async move { round::announce(&sheep, epoch).await });
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! One round: make the list, recover its objects, tell the cluster.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire};
+
+use super::Active;
+use super::object::{Recovered, recover};
+use crate::cluster::worker::Worker;
+use crate::sheep::Sheep;
+
+/// Deadline of one object list.
+const LIST_DEADLINE: Duration = Duration::from_secs(30);
+/// First and largest reply buffer of an object list, in bytes.
+const LIST_BUFFER: (usize, usize) = (4 << 20, 1 << 30);
+/// Pause between passes over objects that could not be recovered, first and longest.
+const PASS_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Objects in flight per disk.
+const PER_DISK: usize = 2;
+
+/// Runs a round to its end. `false` = it was replaced by a newer one.
+pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> bool {
+    let Some(store) = sheep.store.clone() else { return !active.is_replaced() };
+    // Requests may already be waiting for single objects: they are served while the list is being made.
+    let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
+    worker.fetched().await;
+    let listed = list(sheep, active).await;
+    early.abort();
+    let Some(oids) = listed else { return false };
+    {
+        let mut work = active.work.lock();
+        work.total = oids.len() as u64;
+        work.todo = oids.iter().copied().filter(|oid| !work.done_early.contains(oid)).collect();
+        work.queue = oids.into();
+        work.listed = true;
+    }
+    let mut pause = PASS_PAUSE.0;
+    loop {
+        pass(sheep, active, PER_DISK * store.md_info().len().max(2)).await;
+        if active.is_replaced() {
+            return false;
+        }
+        let failed = std::mem::take(&mut active.work.lock().failed);
+        if failed.is_empty() {
+            break;
+        }
+        tracing::warn!("{} objects not recovered yet at epoch {}", failed.len(), active.round.epoch);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = active.wake.notified() => {}
+        }
+        pause = (pause * 2).min(PASS_PAUSE.1);
+        active.work.lock().queue.extend(failed);
+    }
+    if let Err(error) = store.sync_dirs().await {
+        tracing::error!("recovery is not complete: {error}");
+        return false;
+    }
+    tracing::info!("recovered epoch {}", active.round.epoch);
+    !active.is_replaced()
+}
+
+/// Announces that this node has everything, until the cluster heard it or the epoch moved on.
+pub async fn announce(sheep: &Arc<Sheep>, epoch: Epoch) {
+    let view = sheep.views.load();
+    let Some(me) = view.info.nodes.iter().find(|n| n.nid == sheep.me) else { return };
+    let body = ObjRequest { tgt_epoch: epoch, ..ObjRequest::zeroed() };
+    let record = Bytes::copy_from_slice(&me.to_bytes());
+    let request =
+        Request::new(Opcode::COMPLETE_RECOVERY).flag(Flags::WRITE).length(record.len()).with_obj(body);
+    while sheep.views.epoch() == epoch {
+        let result = sheep.cluster.submit(request, record.clone()).await.response.result;
+        if result.is_ok() {
+            return;
+        }
+        tracing::warn!("cannot announce the end of recovery: {result}");
+        tokio::time::sleep(PASS_PAUSE.1).await;
+    }
+}
+
+/// Metadata first: requests of every VDI depend on it.
+fn priority(oid: &Oid) -> (u8, Oid) {
+    let class = match oid.kind() {
+        ObjectKind::Inode => 0,
+        ObjectKind::Btree | ObjectKind::Attr | ObjectKind::Ledger => 1,
+        ObjectKind::Data | ObjectKind::VmState => 2,
+    };
+    (class, *oid)
+}
+
+/// Every object that this node should hold, in the order to recover them. `None` = the round was replaced.
+async fn list(sheep: &Arc<Sheep>, active: &Active) -> Option<Vec<Oid>> {
+    let view = sheep.views.load();
+    let mut oids: Vec<Oid> = Vec::new();
+    let mut add = |theirs: Vec<Oid>| {
+        oids.extend(theirs.into_iter().filter(|oid| sheep.is_home(*oid, &view)));
+        oids.sort_unstable();
+        oids.dedup();
+    };
+    for node in view.members() {
+        if node.nr_vnodes == 0 && node.space == 0 {
+            continue;
+        }
+        add(list_of(sheep, active, node).await?);
+    }
+    // Nodes that left the ring but still run hold objects, too; their absence shows as unreachable homes later.
+    oids.sort_unstable_by_key(priority);
+    Some(oids)
+}
+
+async fn list_of(sheep: &Arc<Sheep>, active: &Active, node: &NodeRecord) -> Option<Vec<Oid>> {
+    if node.nid == sheep.me {
+        return sheep.store.as_ref().map(|s| s.list());
+    }
+    let mut pause = PASS_PAUSE.0;
+    loop {
+        if active.is_replaced() {
+            return None;
+        }
+        match ask_list(sheep, &node.nid, active.round.epoch).await {
+            Ok(list) => return Some(list),
+            Err(error) => tracing::warn!("cannot get object list from {}, trying again: {error}", node.nid),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = active.wake.notified() => {}
+        }
+        pause = (pause * 2).min(PASS_PAUSE.1);
+    }
+}
+
+async fn ask_list(sheep: &Arc<Sheep>, node: &NodeId, epoch: Epoch) -> Result<Vec<Oid>, String> {
+    let mut capacity = LIST_BUFFER.0;
+    loop {
+        let request = Request::new(Opcode::GET_OBJ_LIST).epoch(epoch).length(capacity);
+        let reply = sheep.peers.call(node, request, Bytes::new(), LIST_DEADLINE).await;
+        let reply = reply.map_err(|e| e.to_string())?;
+        match reply.response.result {
+            ResultCode::SUCCESS => return Ok(reply.data.chunks_exact(8).map(Oid::get).collect()),
+            ResultCode::BUFFER_SMALL if capacity < LIST_BUFFER.1 => capacity *= 2,
+            code => return Err(code.to_string()),
+        }
+    }
+}
+
+/// Recovers objects that requests wait for, until aborted.
+async fn serve_urgent(sheep: Arc<Sheep>, active: Arc<Active>) {
+    loop {
+        let next = active.work.lock().urgent.pop_front();
+        match next {
+            Some(oid) => {
+                let (sheep, active) = (sheep.clone(), active.clone());
+                // In a task of its own: an abort of this loop must not interrupt a copy half way.
+                tokio::spawn(async move { one(&sheep, &active, oid).await });
+            }
+            None => active.wake.notified().await,
+        }
+        if active.is_replaced() {
+            return;
+        }
+    }
+}
+
+/// Takes the next object: urgent ones always, the others unless recovery is disabled.
+fn next(sheep: &Sheep, active: &Active) -> Option<Oid> {
+    let disabled = sheep.views.load().disable_recovery;
+    let mut work = active.work.lock();
+    if let Some(oid) = work.urgent.pop_front() {
+        return Some(oid);
+    }
+    while !disabled {
+        let oid = work.queue.pop_front()?;
+        if work.todo.contains(&oid) {
+            return Some(oid);
+        }
+    }
+    None
+}
+
+/// One pass over the queue with `width` objects in flight. Returns when nothing is left to begin and nothing is in
+/// flight; while recovery is disabled it keeps serving what requests ask for.
+async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
+    let mut flying = tokio::task::JoinSet::new();
+    let mut pace = Pace::default();
+    loop {
+        while flying.len() < width && !active.is_replaced() {
+            let Some(oid) = next(sheep, active) else { break };
+            pace.wait(sheep).await;
+            let (sheep, active) = (sheep.clone(), active.clone());
+            flying.spawn(async move { one(&sheep, &active, oid).await });
+        }
+        if active.is_replaced() {
+            flying.detach_all();
+            return;
+        }
+        if flying.is_empty() && active.work.lock().queue.is_empty() {
+            return;
+        }
+        tokio::select! {
+            Some(_) = flying.join_next() => {}
+            () = active.wake.notified() => {}
+            // Recovery may be enabled again without anybody telling this round.
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+        }
+    }
+}
+
+async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
+    match recover(sheep, active, oid).await {
+        Recovered::Here | Recovered::Nowhere => active.done(oid),
+        Recovered::Replaced => {}
+        Recovered::Later(reason) => {
+            tracing::debug!("{oid} is not recovered yet: {reason}");
+            if !put_off(active, oid) {
+                tokio::time::sleep(PASS_PAUSE.0).await;
+                active.work.lock().urgent.push_back(oid);
+                active.wake.notify_one();
+            }
+        }
+    }
+}
+
+/// Leaves an object to the next pass; `false` if there is no list yet that it could be on.
+fn put_off(active: &Active, oid: Oid) -> bool {
+    let mut work = active.work.lock();
+    if work.listed && work.todo.contains(&oid) && !work.failed.contains(&oid) {
+        work.failed.push(oid);
+    }
+    work.listed
+}
+
+/// Spreads objects over time when recovery is throttled.
+#[derive(Default)]
+struct Pace {
+    begun: u32,
+    since: Option<tokio::time::Instant>,
+}
+
+impl Pace {
+    async fn wait(&mut self, sheep: &Sheep) {
+        let limits = sheep.recovery.throttling();
+        if limits.throttling == 0 {
+            return;
+        }
+        let interval = Duration::from_millis(limits.queue_work_interval);
+        let since = *self.since.get_or_insert_with(tokio::time::Instant::now);
+        if self.begun >= limits.max_exec_count {
+            tokio::time::sleep_until(since + interval).await;
+            self.since = Some(tokio::time::Instant::now());
+            self.begun = 0;
+        }
+        self.begun += 1;
+    }
+}

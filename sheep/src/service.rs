@@ -1,0 +1,54 @@
+//! This daemon as a [`Service`], for volumes that it serves itself: no socket in between.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_client::{CallFuture, Service};
+use sheepdog_proto::{ClusterStatus, Flags, Request, ResultCode};
+
+use crate::dispatch::{self, Class};
+use crate::gateway;
+use crate::ops::result;
+use crate::sheep::Sheep;
+
+/// Executes requests of this process as if they came from a client.
+pub struct InProcess(pub Arc<Sheep>);
+
+impl Service for InProcess {
+    fn call(&self, mut request: Request, payload: Bytes) -> CallFuture<'_> {
+        let sheep = &self.0;
+        if request.flags.contains(Flags::WRITE) {
+            request.data_length = payload.len() as u32;
+        }
+        Box::pin(async move {
+            let _progress = sheep.begin();
+            let Some(row) = dispatch::find(request.opcode) else {
+                return Ok(result(&request, ResultCode::INVALID_PARMS));
+            };
+            let status = sheep.views.load().status;
+            if status != ClusterStatus::Ok && !row.force {
+                let code = match status {
+                    ClusterStatus::Killed => ResultCode::KILLED,
+                    ClusterStatus::Shutdown => ResultCode::SHUTDOWN,
+                    _ => ResultCode::WAIT_FOR_JOIN,
+                };
+                return Ok(result(&request, code));
+            }
+            Ok(match row.class {
+                Class::Gateway => match inline_read(sheep, &request) {
+                    Some(reply) => reply,
+                    None => gateway::execute(sheep, request, payload).await,
+                },
+                Class::Local(handler) => handler(sheep, request, payload).await,
+                Class::Cluster(..) => sheep.cluster.submit(request, payload).await,
+                Class::Peer => result(&request, ResultCode::INVALID_PARMS),
+            })
+        })
+    }
+}
+
+fn inline_read(sheep: &Arc<Sheep>, request: &Request) -> Option<sheepdog_client::Reply> {
+    (request.opcode == sheepdog_proto::Opcode::READ_OBJ)
+        .then(|| gateway::try_read_inline(sheep, request))
+        .flatten()
+}

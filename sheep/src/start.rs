@@ -1,0 +1,124 @@
+//! What a starting daemon finds on its disks (spec 03, section 2; spec 04, 5.1 and 17.1).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sheepdog_proto::config::StoreConfig;
+use sheepdog_proto::{ClusterFlags, Epoch, NodeId, NodeRecord};
+use sheepdog_store::{DiskFailure, MetaDir, MetaError, ScanReport, Store, StoreOptions, SyncMode};
+use thiserror::Error;
+
+use crate::cluster::state::{Startup, State};
+use crate::shell::options::Options;
+
+/// Why a daemon does not start. Each displays as the line to log; nothing was changed.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The metadata directory.
+    #[error("{0}")]
+    Meta(#[from] MetaError),
+    /// A disk.
+    #[error("{0}")]
+    Store(#[from] sheepdog_store::StoreError),
+    /// A disk that is somebody's metadata directory.
+    #[error("{} is meta-store, abort", .0.display())]
+    IsMetaDir(PathBuf),
+    /// `-V` given or not given, unlike before.
+    #[error("Designation of before a restart and a vnodes option is different.")]
+    VnodesStrategy,
+    /// Another `-V` than in the last epoch.
+    #[error("mismatch specified vnodes is compared with the previous. previous vnodes:{0}")]
+    Vnodes(u16),
+    /// The log of the last epoch is unusable.
+    #[error("invalid epoch {0} log")]
+    Epoch(Epoch),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// The opened store of a storage node.
+pub struct OpenStore {
+    /// Objects.
+    pub store: Store,
+    /// What the scan found.
+    pub report: ScanReport,
+}
+
+/// Reads and checks the configuration; an older or newer store is refused before anything is touched.
+pub fn configuration(meta: &MetaDir, options: &Options) -> Result<StoreConfig, StartError> {
+    let mut config = meta.read_config()?;
+    let auto = options.vnodes.is_none();
+    if config.ctime > 0 && !options.gateway && config.flags.contains(ClusterFlags::AUTO_VNODES) != auto {
+        return Err(StartError::VnodesStrategy);
+    }
+    config.version = sheepdog_proto::config::STORE_VERSION;
+    Ok(config)
+}
+
+/// Opens the disks and reads what is on them. `on_failure` is told of disks that fail later.
+pub fn open_store(
+    meta: &MetaDir,
+    options: &Options,
+    on_failure: Arc<dyn Fn(DiskFailure) + Send + Sync>,
+) -> Result<OpenStore, StartError> {
+    let disks = if options.disks.is_empty() { vec![meta.default_disk()] } else { options.disks.clone() };
+    if let Some(foreign) = options.disks.iter().find(|d| MetaDir::is_meta_dir(d)) {
+        return Err(StartError::IsMetaDir(foreign.clone()));
+    }
+    let store_options = StoreOptions {
+        sync: if options.nosync { SyncMode::NoSync } else { SyncMode::Durable },
+        direct_io: options.direct_io,
+        on_disk_failure: Some(on_failure),
+        removed_disks: Some(meta.path().join("removed_disks")),
+        epoch: meta.latest_epoch()?,
+        ..StoreOptions::default()
+    };
+    let (store, lines) = Store::open(&disks, store_options)?;
+    lines.iter().for_each(|line| tracing::info!("{line}"));
+    let report = store.scan();
+    for path in &report.foreign {
+        tracing::warn!("{} is not an object, left alone", path.display());
+    }
+    for (path, reason) in &report.unreadable {
+        tracing::error!("{}: {reason}", path.display());
+    }
+    Ok(OpenStore { store, report })
+}
+
+/// This node's record.
+pub fn record(options: &Options, me: NodeId, space: u64) -> NodeRecord {
+    NodeRecord {
+        nid: me,
+        nr_vnodes: options.weight(),
+        zone: options.zone.unwrap_or_else(|| me.default_zone()),
+        space: if options.gateway { 0 } else { space },
+    }
+}
+
+/// The state in which this node asks to join.
+pub fn state(
+    meta: &MetaDir,
+    options: &Options,
+    me: NodeRecord,
+    config: StoreConfig,
+) -> Result<State, StartError> {
+    let epoch = meta.latest_epoch()?;
+    let nodes = match epoch {
+        Epoch(0) => Vec::new(),
+        _ => meta.read_epoch(epoch).map_err(|_| StartError::Epoch(epoch))?.nodes,
+    };
+    let fixed = config.ctime > 0 && !config.flags.contains(ClusterFlags::AUTO_VNODES);
+    if fixed && epoch != Epoch(0) && !options.gateway {
+        let previous = nodes.iter().find(|n| n.nid == me.nid).map_or(0, |n| n.nr_vnodes);
+        if previous != me.nr_vnodes {
+            return Err(StartError::Vnodes(previous));
+        }
+    }
+    let startup = Startup {
+        gateway: options.gateway,
+        auto_vnodes: options.vnodes.is_none(),
+        wildcard: options.wildcard_recovery,
+    };
+    Ok(State::new(me, startup, config, epoch, nodes))
+}

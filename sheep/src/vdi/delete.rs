@@ -1,0 +1,104 @@
+//! DEL_VDI (spec 05, section 11): frees what is left of the table, then empties the inode.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_proto::btree::{BTREE_NODE_LEN, BtreeNode, LeafEntry};
+use sheepdog_proto::header::VdiResponse;
+use sheepdog_proto::inode::{
+    GREF_OFFSET, INODE_HEADER_LEN, InodeHeader, STORE_POLICY_BTREE, TABLE_OFFSET, table_offset,
+};
+use sheepdog_proto::{Oid, Request, ResultCode, VdiId};
+
+use super::lookup::{Query, lookup};
+use super::objects::{Inode, read_inode};
+use crate::gateway::map;
+use crate::sheep::Sheep;
+
+/// Table entries cleared in one update.
+const BATCH: usize = 4096;
+
+/// Work part of DEL_VDI. On any failure the VDI stays and is not marked deleted (mandated deviation 6).
+pub async fn del_vdi(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: &[u8],
+) -> Result<VdiResponse, ResultCode> {
+    let query = Query::parse(payload, request.vdi().snapid)?;
+    let vid = lookup(sheep, &query).await.result?;
+    let inode = read_inode(sheep, vid).await?;
+    if inode.header.store_policy == STORE_POLICY_BTREE {
+        remove_tree(sheep, vid).await?;
+    } else {
+        clear_table(sheep, vid, &inode).await?;
+    }
+    remove_vmstate(sheep, &inode.header).await?;
+    empty_inode(sheep, &inode).await?;
+    Ok(VdiResponse { vdi_id: vid, ..VdiResponse::zeroed() })
+}
+
+async fn clear_table(sheep: &Arc<Sheep>, vid: VdiId, inode: &Inode) -> Result<(), ResultCode> {
+    for (i, chunk) in inode.table.chunks(BATCH).enumerate() {
+        if chunk.iter().any(|v| *v != 0) {
+            let zeros = sheepdog_buffer::zeros(chunk.len() * 4);
+            map::update(sheep, vid, table_offset((i * BATCH) as u32), zeros).await?;
+        }
+    }
+    Ok(())
+}
+
+fn absent_is_fine(result: Result<(), ResultCode>) -> Result<(), ResultCode> {
+    if result == Err(ResultCode::NO_OBJ) { Ok(()) } else { result }
+}
+
+/// Removes every block that a hypervolume owns, and its index nodes.
+async fn remove_tree(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
+    let root = sheep.gateway.read_object(sheep, Oid::inode(vid), TABLE_OFFSET as u64, BTREE_NODE_LEN).await?;
+    let leaves = match BtreeNode::decode(&root) {
+        BtreeNode::Leaf(entries) => return remove_blocks(sheep, vid, &entries).await,
+        BtreeNode::Inner(entries) => entries,
+    };
+    for leaf in leaves {
+        match sheep.gateway.read_object(sheep, leaf.oid, 0, BTREE_NODE_LEN).await {
+            Ok(bytes) => {
+                if let BtreeNode::Leaf(entries) = BtreeNode::decode(&bytes) {
+                    remove_blocks(sheep, vid, &entries).await?;
+                }
+                absent_is_fine(sheep.gateway.remove_object(sheep, leaf.oid).await)?;
+            }
+            Err(ResultCode::NO_OBJ) => {}
+            Err(code) => return Err(code),
+        }
+    }
+    Ok(())
+}
+
+async fn remove_blocks(sheep: &Arc<Sheep>, vid: VdiId, entries: &[LeafEntry]) -> Result<(), ResultCode> {
+    for entry in entries.iter().filter(|e| e.vdi_id == vid.get()) {
+        absent_is_fine(sheep.gateway.remove_object(sheep, Oid::data(vid, entry.idx)).await)?;
+    }
+    Ok(())
+}
+
+async fn remove_vmstate(sheep: &Arc<Sheep>, header: &InodeHeader) -> Result<(), ResultCode> {
+    let blocks = header.vm_state_size.div_ceil(header.block_size()).min(u64::from(u32::MAX)) as u32;
+    for index in 0..blocks {
+        absent_is_fine(sheep.gateway.remove_object(sheep, Oid::vmstate(header.vdi_id, index)).await)?;
+    }
+    Ok(())
+}
+
+/// The name, the size and everything behind the header become zero; the rest of the header stays.
+async fn empty_inode(sheep: &Arc<Sheep>, inode: &Inode) -> Result<(), ResultCode> {
+    if inode.header.is_deleted() {
+        return Ok(());
+    }
+    let oid = Oid::inode(inode.header.vdi_id);
+    let header = InodeHeader { name: [0; 256], vdi_size: 0, ..inode.header };
+    if inode.header.store_policy == STORE_POLICY_BTREE {
+        let zeros = sheepdog_buffer::zeros(GREF_OFFSET - TABLE_OFFSET);
+        sheep.gateway.write_object(sheep, oid, TABLE_OFFSET as u64, zeros).await?;
+    }
+    let bytes = Bytes::copy_from_slice(&header.to_bytes()[..INODE_HEADER_LEN]);
+    sheep.gateway.write_object(sheep, oid, 0, bytes).await
+}

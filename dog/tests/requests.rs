@@ -3,6 +3,8 @@
 //! Every request that changes something must be sent with the captured bytes; requests that read are free to be fewer
 //! or smaller (spec 07, 19.3), but what is sent must be among the captured ones.
 
+#![allow(clippy::unwrap_used)] // the vectors are trusted
+
 mod common;
 mod fake_sheep;
 

@@ -3,6 +3,8 @@
 //! What depends on real daemons (placement at the captured address, recovery, disks, locks) is left to the end-to-end
 //! tests.
 
+#![allow(clippy::unwrap_used)] // the vectors are trusted
+
 mod common;
 mod fake_sheep;
 

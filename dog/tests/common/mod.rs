@@ -1,6 +1,8 @@
 //! Replays entries of the captured `dog` runs (spec 07, section 19) against a `dog` binary.
 
 #![allow(dead_code)] // every test uses a part of it
+#![allow(clippy::unwrap_used)] // the vectors are trusted
+
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
@@ -53,7 +55,10 @@ pub fn matches(expected: &str, actual: &str) -> bool {
     match_at(expected.as_bytes(), actual.as_bytes())
 }
 
-const MASKS: &[(&str, fn(&[u8]) -> Vec<usize>)] = &[
+/// Lengths of the beginnings of a text that a mask may stand for.
+type Mask = fn(&[u8]) -> Vec<usize>;
+
+const MASKS: &[(&str, Mask)] = &[
     ("<date_sec>", |t| shape(t, "dddd-dd-dd dd:dd:dd")),
     ("<date_min>", |t| shape(t, "dddd-dd-dd dd:dd")),
     ("<graph_date>", |t| shape(t, "dddd-dd-dd")),

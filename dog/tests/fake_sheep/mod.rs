@@ -4,6 +4,8 @@
 //! names, ids, inodes and maps are those of spec 01 and 05. Each cluster has a loopback address of its own, so that
 //! tests may use the captured ports and still run in parallel.
 
+#![allow(clippy::unwrap_used)] // a panic here is a failed test
+
 mod vdis;
 
 use std::collections::{BTreeSet, HashMap};

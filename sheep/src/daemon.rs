@@ -156,13 +156,14 @@ async fn serve(
     if let Err(error) = std::env::set_current_dir(meta.path()) {
         tracing::warn!("cannot change to {}: {error}", meta.path().display());
     }
+    let nbd = crate::nbd::serve(options, &sheep).await?;
     let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
     if let Some(readiness) = readiness.take() {
         readiness.ready();
     }
     tracing::info!("sheepdog daemon (version {}) started", env!("CARGO_PKG_VERSION"));
 
-    let code = wait_for_end(&sheep, signals, exited, &stop).await;
+    let code = wait_for_end(&sheep, signals, exited, &stop, nbd).await;
     tracing::info!("shutdown");
     if let Some(pidfile) = pidfile
         && let Err(error) = pidfile.remove()
@@ -294,12 +295,19 @@ impl Signals {
     }
 }
 
+/// Volumes served here are closed while the node can still release their locks.
+async fn terminate(sheep: &Arc<Sheep>, nbd: crate::nbd::Running) {
+    let _ = tokio::time::timeout(DRAIN, crate::nbd::stop(nbd)).await;
+    sheep.cluster.kill();
+}
+
 /// Waits until the cluster, an operator or a signal ends the daemon and its requests are answered.
 async fn wait_for_end(
     sheep: &Arc<Sheep>,
     mut signals: Signals,
     mut exited: watch::Receiver<Option<i32>>,
     stop: &watch::Sender<bool>,
+    mut nbd: crate::nbd::Running,
 ) -> i32 {
     loop {
         let view = sheep.views.load();
@@ -308,13 +316,14 @@ async fn wait_for_end(
         }
         tokio::select! {
             Ok(code) = exited.wait_for(Option::is_some) => return code.unwrap_or(1),
-            _ = signals.terminate.recv() => sheep.cluster.kill(),
-            _ = signals.interrupt.recv() => sheep.cluster.kill(),
+            _ = signals.terminate.recv() => terminate(sheep, nbd.take()).await,
+            _ = signals.interrupt.recv() => terminate(sheep, nbd.take()).await,
             _ = signals.hang_up.recv() => log::rotate(),
             _ = sheep.views.changed_from(&view) => {}
         }
     }
     stop.send_replace(true);
+    let _ = tokio::time::timeout(DRAIN, crate::nbd::stop(nbd)).await;
     if tokio::time::timeout(DRAIN, sheep.outstanding.none()).await.is_err() {
         tracing::warn!("requests are still in progress after {} s", DRAIN.as_secs());
     }

@@ -11,6 +11,7 @@ pub mod faults;
 pub mod gate;
 pub mod gateway;
 pub mod listen;
+pub mod nbd;
 pub mod ops;
 pub mod order;
 pub mod peer;

@@ -1,0 +1,43 @@
+//! NBD exports served by the daemon itself: every VDI of the cluster, without a socket between server and gateway.
+
+use std::sync::Arc;
+
+use sheepdog_nbd::{ListenAddr, Listener, Server, VdiExports, VdiExportsOptions};
+
+use crate::service::InProcess;
+use crate::sheep::Sheep;
+use crate::shell::options::{NbdAddr, Options};
+
+/// The running NBD server; `None` = none was asked for.
+pub type Running = Option<Arc<Server>>;
+
+/// Listens on every `--nbd` address.
+pub async fn serve(options: &Options, sheep: &Arc<Sheep>) -> Result<Running, String> {
+    if options.nbd.is_empty() {
+        return Ok(None);
+    }
+    let exports = VdiExports::new(Arc::new(InProcess(sheep.clone())), VdiExportsOptions::default());
+    let server = Arc::new(Server::new(Arc::new(exports)));
+    for addr in &options.nbd {
+        let addr = match addr {
+            NbdAddr::Unix(path) => ListenAddr::Unix(path.clone()),
+            NbdAddr::Tcp(host, port) => ListenAddr::Tcp(host.clone(), *port),
+        };
+        let listener = Listener::bind(&addr).await.map_err(|e| format!("cannot serve NBD on {addr}: {e}"))?;
+        tracing::info!("serving volumes over NBD on {addr}");
+        let server = server.clone();
+        tokio::spawn(async move {
+            if let Err(error) = server.serve(listener).await {
+                tracing::error!("the NBD server on {addr} ended: {error}");
+            }
+        });
+    }
+    Ok(Some(server))
+}
+
+/// Ends connections after their requests, releasing the locks of their volumes.
+pub async fn stop(running: Running) {
+    if let Some(server) = running {
+        server.shutdown().await;
+    }
+}

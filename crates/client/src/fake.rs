@@ -18,6 +18,7 @@ use sheepdog_proto::{
     Flags, MAX_NAME_LEN, Oid, Opcode, Request, Response, ResultCode, VDI_BITMAP_LEN, VdiId, Wire, cstr, hash,
 };
 
+use crate::frame::{Stream, split};
 use crate::service::{CallFuture, Reply, Service};
 
 /// Bytes of a page of a fake object.
@@ -209,6 +210,9 @@ impl FakeSheep {
             }
             opcode => match state.find(name, tag, body.snapid) {
                 Err(code) => (code, VdiId::NONE),
+                Ok(vid) if opcode == Opcode::LOCK_VDI && state.is_hypervolume(vid) => {
+                    (ResultCode::INVALID_PARMS, vid)
+                }
                 Ok(vid) if opcode == Opcode::LOCK_VDI && self.locks && !state.locked.insert(vid) => {
                     (ResultCode::VDI_LOCKED, vid)
                 }
@@ -238,6 +242,10 @@ impl State {
 
     fn is_snapshot(&self, vid: VdiId) -> bool {
         self.used.get(&vid.get()).is_some_and(InodeHeader::is_snapshot)
+    }
+
+    fn is_hypervolume(&self, vid: VdiId) -> bool {
+        self.used.get(&vid.get()).is_some_and(|header| header.store_policy == STORE_POLICY_BTREE)
     }
 
     fn full_size(&self, oid: Oid) -> usize {
@@ -409,6 +417,27 @@ impl Service for FakeSheep {
             Ok(reply)
         })
     }
+}
+
+/// Serves a connection, one request after the other, until the peer closes or `answers` answers were sent. The request
+/// after the last answer is executed and its answer lost with the connection.
+pub async fn serve(sheep: Arc<FakeSheep>, stream: Stream, answers: usize) -> std::io::Result<()> {
+    let (mut reader, writer) = split(stream);
+    let mut sent = 0;
+    while let Some(header) = reader.header().await? {
+        let request = Request::from_bytes(&header);
+        let len = if request.has_payload() { request.data_length as usize } else { 0 };
+        let payload = reader.payload(len).await?;
+        let Ok(mut reply) = sheep.call(request, payload).await else { break };
+        if sent == answers {
+            break;
+        }
+        sent += 1;
+        reply.response.data_length = reply.data.len() as u32;
+        writer.send(reply.response.to_bytes(), reply.data, None, true);
+    }
+    writer.close();
+    Ok(())
 }
 
 /// A VDI's table as the sheep has it, for tests that check what was written.

@@ -4,6 +4,7 @@
 //! sent again if executing them twice is harmless. Requests that were never sent are sent once there is a connection.
 //! A sheep that answers that it is shutting down counts as gone: it did not execute the request.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,8 +42,8 @@ struct Shared {
     addr: Address,
     options: ReconnectOptions,
     connection: Mutex<Option<Connection>>,
-    /// Held while connecting, so that one attempt serves everybody.
-    connecting: tokio::sync::Mutex<()>,
+    /// Held while connecting, so that one attempt serves everybody: when the last one failed, and how.
+    connecting: tokio::sync::Mutex<Option<(Instant, io::ErrorKind, String)>>,
 }
 
 /// Whether executing the operation twice has the effect of executing it once.
@@ -67,7 +68,7 @@ impl Reconnect {
     /// Connects on first use.
     pub fn new(addr: Address, options: ReconnectOptions) -> Reconnect {
         let shared =
-            Shared { addr, options, connection: Mutex::new(None), connecting: tokio::sync::Mutex::new(()) };
+            Shared { addr, options, connection: Mutex::new(None), connecting: tokio::sync::Mutex::default() };
         Reconnect { shared: Arc::new(shared) }
     }
 
@@ -84,13 +85,28 @@ impl Reconnect {
         if let Some(connection) = self.live() {
             return Ok(connection);
         }
-        let _one_at_a_time = self.shared.connecting.lock().await;
+        let mut failed = self.shared.connecting.lock().await;
         if let Some(connection) = self.live() {
             return Ok(connection);
         }
-        let connection = Connection::connect(&self.shared.addr).await?;
-        *self.shared.connection.lock() = Some(connection.clone());
-        Ok(connection)
+        let addr = || self.shared.addr.to_string();
+        if let Some((when, kind, text)) = &*failed
+            && when.elapsed() < self.shared.options.backoff / 2
+        {
+            return Err(ClientError::Connect { addr: addr(), source: io::Error::new(*kind, text.clone()) });
+        }
+        match Connection::connect(&self.shared.addr).await {
+            Ok(connection) => {
+                *failed = None;
+                *self.shared.connection.lock() = Some(connection.clone());
+                Ok(connection)
+            }
+            Err(ClientError::Connect { source, .. }) => {
+                *failed = Some((Instant::now(), source.kind(), source.to_string()));
+                Err(ClientError::Connect { addr: addr(), source })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn attempt(&self, request: Request, payload: Bytes) -> Result<Reply, ClientError> {
@@ -103,6 +119,8 @@ impl Reconnect {
         payload: Bytes,
         mut outcome: Result<Reply, ClientError>,
     ) -> Result<Reply, ClientError> {
+        // A connection that was lost is tried again at once: a restarted sheep is often back already.
+        let mut at_once = matches!(outcome, Err(ClientError::Lost(_)));
         let give_up = self.shared.options.give_up_after.map(|after| Instant::now() + after);
         loop {
             let again = match &outcome {
@@ -120,8 +138,7 @@ impl Reconnect {
                 *self.shared.connection.lock() = None;
             }
             tracing::debug!(addr = %self.shared.addr, op = %request.opcode, "waiting to send again");
-            // The first attempt after a loss is made at once: a restarted sheep is often back already.
-            if !matches!(outcome, Err(ClientError::Lost(_))) || self.live().is_none() {
+            if !std::mem::take(&mut at_once) {
                 tokio::time::sleep_until(next).await;
             }
             outcome = self.attempt(request, payload.clone()).await;

@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use sheepdog_client::{ClientError, OpenOptions, Service, SnapshotRef, Volume, VolumeError, vdi};
 use sheepdog_proto::inode::{InodeHeader, STORE_POLICY_BTREE};
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 
 /// Most exports that one listing names.
 const MAX_LISTED: usize = 10_000;
@@ -63,6 +63,11 @@ pub trait ExportSource: Send + Sync + 'static {
 
     /// Opens an export; the empty name is the default one.
     fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, ExportError>>;
+
+    /// Waits until every export that was dropped is given back: what a server does before it ends.
+    fn settled(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// What to export, and how.
@@ -70,7 +75,8 @@ pub trait ExportSource: Send + Sync + 'static {
 pub struct VdiExportsOptions {
     /// What the empty name stands for; without one, the only VDI there is.
     pub default_export: Option<String>,
-    /// Export nothing writable.
+    /// Export nothing writable. A client then sees a VDI that somebody else writes as it was when the first client of
+    /// the export, or the last one since, connected.
     pub read_only: bool,
     /// Export only these VDIs and their snapshots; empty = all.
     pub only: Vec<String>,
@@ -87,6 +93,8 @@ struct Shared {
     options: VdiExportsOptions,
     /// Held while opening and closing: an export that is being closed is reopened after its lock is released.
     open: Mutex<HashMap<String, Open>>,
+    /// An export was closed.
+    closed: Notify,
 }
 
 struct Open {
@@ -148,7 +156,9 @@ fn describe(header: &InodeHeader) -> String {
 impl VdiExports {
     /// Exports what `service` has.
     pub fn new(service: Arc<dyn Service>, options: VdiExportsOptions) -> VdiExports {
-        VdiExports { shared: Arc::new(Shared { service, options, open: Mutex::default() }) }
+        VdiExports {
+            shared: Arc::new(Shared { service, options, open: Mutex::default(), closed: Notify::new() }),
+        }
     }
 
     /// Number of exports in use.
@@ -248,6 +258,8 @@ impl Shared {
         {
             tracing::warn!(export = name, %error, "the export was not closed cleanly");
         }
+        drop(open);
+        self.closed.notify_waiters();
     }
 }
 
@@ -257,7 +269,26 @@ impl ExportSource for VdiExports {
     }
 
     fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Export, ExportError>> {
-        Box::pin(self.shared.open(name))
+        // In a task of its own: a lock taken for a client that gave up meanwhile must be given back.
+        let (shared, name) = (self.shared.clone(), name.to_owned());
+        Box::pin(async move {
+            let opening = tokio::spawn(async move { shared.open(&name).await });
+            opening.await.unwrap_or_else(|error| Err(ExportError::Failed(error.to_string())))
+        })
+    }
+
+    fn settled(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            loop {
+                let closed = self.shared.closed.notified();
+                tokio::pin!(closed);
+                closed.as_mut().enable();
+                if self.shared.open.lock().await.is_empty() {
+                    return;
+                }
+                closed.await;
+            }
+        })
     }
 }
 

@@ -114,13 +114,20 @@ impl Server {
     }
 
     /// Stops accepting and reading requests, and waits until every connection has finished what it was doing. Exports
-    /// are given back.
+    /// are given back, with their locks, when it returns. Waits for [`Limits::stall`] at most.
     pub async fn shutdown(&self) {
         self.shared.stop.send_replace(true);
-        let all = u32::try_from(self.shared.limits.connections).unwrap_or(u32::MAX);
-        // All slots free: nobody is left. The permits are kept: nobody comes again.
-        if let Ok(permits) = self.shared.slots.acquire_many(all).await {
-            permits.forget();
+        let finished = async {
+            let all = u32::try_from(self.shared.limits.connections).unwrap_or(u32::MAX);
+            // All slots free: nobody is left. The permits are kept: nobody comes again.
+            if let Ok(permits) = self.shared.slots.acquire_many(all).await {
+                permits.forget();
+            }
+            self.shared.source.settled().await;
+        };
+        // An operation may hang with its cluster; the process must be able to end.
+        if tokio::time::timeout(self.shared.limits.stall, finished).await.is_err() {
+            tracing::warn!("some NBD connections did not end in time");
         }
     }
 }

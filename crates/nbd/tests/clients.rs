@@ -15,10 +15,12 @@ use sheepdog_nbd::{ListenAddr, Listener};
 struct Bench {
     world: World,
     dir: tempfile::TempDir,
+    /// URI of the TCP listener, to be followed by an export's name.
+    tcp: String,
 }
 
 impl Bench {
-    /// A server on a path, exporting `v` of 4 MiB and `disk` of 64 MiB and a bit.
+    /// A server on a path and on TCP, exporting `v` of 4 MiB and `disk` of 64 MiB and a bit.
     async fn new() -> Bench {
         let world = World::new().await;
         let size = 64 * BLOCK + 512;
@@ -27,7 +29,11 @@ impl Bench {
         let listener = Listener::bind(&ListenAddr::Unix(dir.path().join("nbd"))).await.unwrap();
         let server = world.server.clone();
         tokio::spawn(async move { server.serve(listener).await });
-        Bench { world, dir }
+        let listener = Listener::bind(&ListenAddr::Tcp("127.0.0.1".into(), 0)).await.unwrap();
+        let ListenAddr::Tcp(host, port) = listener.local_addr().unwrap() else { panic!("not TCP") };
+        let server = world.server.clone();
+        tokio::spawn(async move { server.serve(listener).await });
+        Bench { world, dir, tcp: format!("nbd://{host}:{port}/") }
     }
 
     fn path(&self, name: &str) -> String {
@@ -41,7 +47,7 @@ impl Bench {
     /// Runs a command to its end and gives what it printed; it must succeed.
     async fn run(&self, program: &str, args: &[&str]) -> String {
         let mut command = Command::new(program);
-        command.args(args);
+        command.args(args).current_dir(self.dir.path());
         let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr);
@@ -115,7 +121,7 @@ async fn qemu_io_writes_discards_zeroes_and_flushes() {
         return;
     }
     let bench = Bench::new().await;
-    let uri = bench.uri("v");
+    let uri = format!("{}v", bench.tcp);
     let script = [
         "write -P 1 0 2M",
         "write -f -P 2 1000 4000",

@@ -88,7 +88,7 @@ async fn play(bytes: Vec<u8>) {
     });
     let mut sink = Vec::new();
     let _ = read.read_to_end(&mut sink).await;
-    sender.await.unwrap();
+    sender.await.expect("the sending task panicked");
     client.task.await.expect("the server panicked");
     world.until_idle().await;
     let mut next = world.connected(Mode::Simple, "v").await;

@@ -34,6 +34,8 @@ pub enum Command {
     Kill,
     /// A disk is gone: recover what was on it, in the present epoch.
     Rebuild,
+    /// The lock states of the others have been learned.
+    LocksCollected,
     /// Announce a changed record of this node.
     UpdateNode(NodeRecord, oneshot::Sender<ResultCode>),
 }

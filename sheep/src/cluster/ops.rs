@@ -13,7 +13,7 @@ use sheepdog_proto::{
     VdiId, Wire, cstr,
 };
 
-use super::task::Task;
+use super::task::{LockChange, Task};
 use crate::sheep::Sheep;
 use crate::vdi::table::Redundancy;
 
@@ -292,6 +292,10 @@ pub fn lock_vdi<'a>(
             return ResultCode::SUCCESS;
         }
         let (vid, lock_type) = (message.response.vdi().vdi_id, message.request.vdi().lock_type);
+        if task.sheep.vdis.is_collecting() {
+            task.lock_log.push(LockChange::Acquire(vid, sender.nid, lock_type));
+            return ResultCode::SUCCESS;
+        }
         let locked = task.sheep.vdis.with_lock(vid, |lock| lock.acquire(sender.nid, lock_type));
         locked.unwrap_or(ResultCode::NO_VDI)
     })
@@ -305,6 +309,10 @@ pub fn release_vdi<'a>(
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let body = message.request.vdi();
+        if task.sheep.vdis.is_collecting() {
+            task.lock_log.push(LockChange::Release(body.base_vdi_id, sender.nid, body.lock_type));
+            return ResultCode::SUCCESS;
+        }
         task.sheep.vdis.with_lock(body.base_vdi_id, |lock| lock.release(sender.nid, body.lock_type));
         ResultCode::SUCCESS
     })

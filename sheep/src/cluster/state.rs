@@ -46,6 +46,10 @@ pub enum Action {
     Publish,
     /// Fetch VDI tables from these nodes; they are joiners' tables if the flag says so.
     FetchVdis(Vec<NodeId>, bool),
+    /// Keep a copy of the lock states for a node that joins (as of this epoch).
+    Checkpoint(Epoch),
+    /// Learn the lock states of this epoch from the other members.
+    CollectLocks(Epoch),
     /// Start a recovery round.
     Recover(Round),
     /// All members have recovered this epoch.
@@ -269,6 +273,7 @@ impl State {
             return vec![Action::Exit(1, vec![text, "failed to join Sheepdog".into()])];
         };
         let never_formatted = self.info.header.ctime == 0;
+        let answered_epoch = answer.header.epoch;
         let auto = if self.startup.gateway && never_formatted {
             answer.header.flags.contains(ClusterFlags::AUTO_VNODES)
         } else {
@@ -291,8 +296,19 @@ impl State {
         self.decide_epoch(&mut actions);
         actions.push(Action::Publish);
         self.fetch_tables(node, is_me, &mut actions);
+        self.hand_over_locks(answered_epoch, is_me, &mut actions);
         self.move_recovery_last(&mut actions);
         actions
+    }
+
+    /// Locks live in memory only: members keep a copy for the joiner, which asks for it (spec 05, section 18).
+    fn hand_over_locks(&self, answered: Epoch, is_me: bool, actions: &mut Vec<Action>) {
+        let locks = self.info.header.flags.contains(ClusterFlags::USE_LOCK);
+        if !locks || self.status != ClusterStatus::Ok || answered.0 == 0 || self.members.len() < 2 {
+            return;
+        }
+        let key = Epoch(answered.0 - 1);
+        actions.push(if is_me { Action::CollectLocks(key) } else { Action::Checkpoint(key) });
     }
 
     fn fetch_tables(&self, node: &NodeRecord, is_me: bool, actions: &mut Vec<Action>) {

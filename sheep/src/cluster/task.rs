@@ -8,7 +8,7 @@ use sheepdog_cluster::{Driver, Event};
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
-use sheepdog_proto::{ClusterStatus, Flags, NodeRecord, Response, ResultCode};
+use sheepdog_proto::{ClusterStatus, Flags, NodeId, NodeRecord, Response, ResultCode, VdiId};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::{Command, Submission};
@@ -48,6 +48,18 @@ pub struct Task {
     running: Option<Submission>,
     unblocking: Option<Sent>,
     exit: watch::Sender<Option<i32>>,
+    /// Lock changes of others while the lock states are being learned.
+    pub lock_log: Vec<LockChange>,
+}
+
+/// A lock operation that was delivered while this node was learning the lock states.
+pub enum LockChange {
+    /// LOCK_VDI of a vid by a node, with its type.
+    Acquire(VdiId, NodeId, u32),
+    /// RELEASE_VDI.
+    Release(VdiId, NodeId, u32),
+    /// The node left.
+    Left(NodeId),
 }
 
 async fn call_driver(
@@ -124,6 +136,7 @@ impl Task {
             running: None,
             unblocking: None,
             exit,
+            lock_log: Vec::new(),
         };
         tokio::spawn(task.run(events, commands));
     }
@@ -208,6 +221,7 @@ impl Task {
                 let actions = self.state.kill();
                 self.act(actions).await;
             }
+            Command::LocksCollected => self.replay_locks(),
             Command::Rebuild => {
                 if self.state.status == ClusterStatus::Ok {
                     let actions = self.state.same_epoch_round();
@@ -218,6 +232,22 @@ impl Task {
                 let _ = self.driver.send(DriverCall::UpdateNode(node, reply));
             }
         }
+    }
+
+    fn replay_locks(&mut self) {
+        let vdis = &self.sheep.vdis;
+        for change in self.lock_log.drain(..) {
+            match change {
+                LockChange::Acquire(vid, node, kind) => {
+                    vdis.with_lock(vid, |lock| lock.acquire(node, kind));
+                }
+                LockChange::Release(vid, node, kind) => {
+                    vdis.with_lock(vid, |lock| lock.release(node, kind));
+                }
+                LockChange::Left(node) => vdis.for_each_lock(|lock| lock.drop_participant(node)),
+            }
+        }
+        vdis.set_collecting(false);
     }
 
     fn token(&mut self) -> u64 {
@@ -354,11 +384,19 @@ impl Task {
             Action::StashMoved(suffix) => self.stash_moved(suffix).await,
             Action::Publish => self.publish(),
             Action::FetchVdis(nodes, joiners) => self.worker.push(Work::Fetch(nodes, joiners)),
+            Action::Checkpoint(epoch) => self.sheep.vdis.take_checkpoint(epoch),
+            Action::CollectLocks(epoch) => {
+                self.sheep.vdis.set_collecting(true);
+                self.worker.push(Work::CollectLocks(epoch));
+            }
             Action::Recover(round) => self.sheep.recovery.start(round),
             Action::Gathered(epoch) => self.sheep.recovery.gathered(&self.sheep, epoch).await,
             Action::DropNode(node) => {
                 self.sheep.peers.forget(&node);
                 self.sheep.vdis.for_each_lock(|lock| lock.drop_participant(node));
+                if self.sheep.vdis.is_collecting() {
+                    self.lock_log.push(LockChange::Left(node));
+                }
             }
         }
     }

@@ -8,17 +8,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
-use sheepdog_proto::{NodeId, Opcode, Request, Response, ResultCode, VdiState, Wire};
+use sheepdog_proto::header::CheckpointRequest;
+use sheepdog_proto::{Epoch, NodeId, Opcode, Request, Response, ResultCode, VdiId, VdiState, Wire};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::Command;
 use crate::dispatch;
 use crate::sheep::Sheep;
+use crate::vdi::locks::Lock;
 
 /// Deadline of one fetch.
 const FETCH_DEADLINE: Duration = Duration::from_secs(5);
 /// Attempts to fetch a joiner's table; a joiner tries for as long as the other is a member.
 const MEMBER_ATTEMPTS: usize = 3;
+/// Rounds of asking for a lock state before giving it up; members may not have their checkpoint yet.
+const LOCK_ATTEMPTS: u32 = 7;
 /// First reply buffer, in records.
 const FIRST_RECORDS: usize = 512;
 /// Largest reply buffer: a record for every possible VDI would be 24 GB; this holds a million.
@@ -28,6 +32,8 @@ const MAX_RECORDS: usize = 1 << 20;
 pub enum Work {
     /// Fetch these nodes' tables; they are joiners' if the flag says so.
     Fetch(Vec<NodeId>, bool),
+    /// Learn the lock states as of an epoch and report to the cluster task.
+    CollectLocks(Epoch),
     /// Run the work part of an operation and report to the cluster task.
     Operation(Request, Bytes),
 }
@@ -70,6 +76,10 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                     fetch(&sheep, node, joiners).await;
                 }
                 worker.fetches.send_modify(|n| *n -= 1);
+            }
+            Work::CollectLocks(epoch) => {
+                collect_locks(&sheep, epoch).await;
+                sheep.cluster.send(Command::LocksCollected);
             }
             Work::Operation(request, payload) => {
                 let reply = operation(&sheep, request, payload).await;
@@ -121,4 +131,46 @@ async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, S
             code => return Err(code.to_string()),
         }
     }
+}
+
+/// Asks the members for the lock state of every VDI; a state that nobody can tell is taken as unlocked.
+async fn collect_locks(sheep: &Arc<Sheep>, epoch: Epoch) {
+    let view = sheep.views.load();
+    let others: Vec<NodeId> = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me).collect();
+    for vid in sheep.vdis.vids() {
+        if let Some(record) = lock_state(sheep, &others, epoch, vid).await {
+            sheep.vdis.with_lock(vid, |lock| *lock = Lock::from_record(&record));
+        }
+    }
+    for node in others {
+        let body = CheckpointRequest { get: 0, tgt_epoch: epoch, vid: VdiId::NONE };
+        let request = Request::new(Opcode::VDI_STATE_CHECKPOINT_CTL).with_checkpoint(body);
+        if let Err(error) = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await {
+            tracing::debug!("{node}: checkpoint not freed: {error}");
+        }
+    }
+}
+
+async fn lock_state(sheep: &Arc<Sheep>, nodes: &[NodeId], epoch: Epoch, vid: VdiId) -> Option<VdiState> {
+    let body = CheckpointRequest { get: 1, tgt_epoch: epoch, vid };
+    let request = Request::new(Opcode::VDI_STATE_CHECKPOINT_CTL).length(VdiState::LEN).with_checkpoint(body);
+    for attempt in 0..LOCK_ATTEMPTS {
+        let mut again = false;
+        for node in nodes {
+            let Ok(reply) = sheep.peers.call(node, request, Bytes::new(), FETCH_DEADLINE).await else {
+                continue;
+            };
+            match reply.response.result {
+                ResultCode::SUCCESS => return VdiState::decode(&reply.data).ok(),
+                ResultCode::NO_CHECKPOINT_ENTRY => {}
+                _ => again = true,
+            }
+        }
+        if !again {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
+    }
+    tracing::error!("{vid:?}: nobody could tell its lock state, taking it as unlocked");
+    None
 }

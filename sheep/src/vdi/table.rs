@@ -298,6 +298,11 @@ impl VdiTable {
         self.tables.write().entries.values_mut().for_each(|e| change(&mut e.lock));
     }
 
+    /// Every known vid, ascending.
+    pub fn vids(&self) -> Vec<VdiId> {
+        self.tables.read().entries.keys().copied().collect()
+    }
+
     /// How the objects of `vid` are stored, with defaults from the cluster for an unknown one.
     pub fn redundancy(&self, vid: VdiId, view: &crate::view::View) -> Redundancy {
         let t = self.tables.read();

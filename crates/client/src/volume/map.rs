@@ -79,6 +79,8 @@ impl Map {
 impl Inner {
     /// The owner of a block; 0 = hole.
     pub(super) async fn entry(&self, idx: u32) -> Result<u32, VolumeError> {
+        // Callers loop over up to 2^32 blocks: let others run.
+        tokio::task::coop::consume_budget().await;
         match &self.map {
             Map::Flat(_) => Ok(self.map.known(idx).unwrap_or(0)),
             Map::Tree(tree) => loop {

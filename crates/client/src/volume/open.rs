@@ -20,6 +20,9 @@ use crate::vdi;
 pub(super) const MAX_MOVES: u32 = 40;
 /// Longest pause between two looks for the new working VDI.
 const MOVE_PAUSE: Duration = Duration::from_secs(1);
+/// How often a sheep that has just joined is asked for a lock, and the pause between.
+const MAX_LOCK_ATTEMPTS: u32 = 300;
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 /// Most generations of snapshots between what was known and the new working VDI.
 const MAX_ANCESTORS: usize = 64;
 
@@ -62,9 +65,46 @@ fn lookup_error(name: &str, error: ClientError) -> VolumeError {
     }
 }
 
+/// Finds the VDI, with its lock if that is wanted and there is one. Whether it was locked.
+async fn find(
+    service: &dyn Service,
+    name: &str,
+    snapshot: Option<&SnapshotRef>,
+    lock: bool,
+) -> Result<(VdiId, bool), ClientError> {
+    if !lock {
+        return Ok((vdi::lookup(service, name, snapshot).await?.vid, false));
+    }
+    let mut attempt = 0;
+    loop {
+        let error = match vdi::lock(service, name).await {
+            Ok(info) => return Ok((info.vid, true)),
+            Err(error) => error,
+        };
+        attempt += 1;
+        match error.code() {
+            // The sheep has just joined and does not know all locks yet.
+            Some(ResultCode::COLLECTING_CINFO) if attempt < MAX_LOCK_ATTEMPTS => {
+                tokio::time::sleep(LOCK_PAUSE).await;
+            }
+            // Hypervolumes cannot be locked: clients that do not know their index must not get in.
+            Some(ResultCode::INVALID_PARMS) => {
+                let info = vdi::lookup(service, name, None).await?;
+                let header = vdi::read_header(service, info.vid).await?;
+                return if header.store_policy == STORE_POLICY_BTREE {
+                    Ok((info.vid, false))
+                } else {
+                    Err(error)
+                };
+            }
+            _ => return Err(error),
+        }
+    }
+}
+
 impl Volume {
     /// Opens the current VDI of `name`, or a snapshot of it, which is read-only. A writable volume takes the VDI's
-    /// lock; [`Volume::close`] gives it back.
+    /// lock; [`Volume::close`] gives it back. Poll it to its end, or a lock may stay behind.
     pub async fn open(
         service: Arc<dyn Service>,
         name: &str,
@@ -73,13 +113,10 @@ impl Volume {
     ) -> Result<Volume, VolumeError> {
         let read_only = options.read_only || snapshot.is_some();
         let locks = options.lock && !read_only;
-        let found = if locks {
-            vdi::lock(&*service, name).await
-        } else {
-            vdi::lookup(&*service, name, snapshot.as_ref()).await
-        };
-        let vid = found.map_err(|error| lookup_error(name, error))?.vid;
-        let held = if locks { vec![vid] } else { Vec::new() };
+        let (vid, locked) = find(&*service, name, snapshot.as_ref(), locks)
+            .await
+            .map_err(|error| lookup_error(name, error))?;
+        let held = if locked { vec![vid] } else { Vec::new() };
         match Self::read_in(service.clone(), name, vid, read_only, options.cache, held.clone()).await {
             Ok(volume) => Ok(volume),
             Err(error) => {

@@ -8,6 +8,8 @@ use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 
 use super::*;
 use crate::fake::{FakeSheep, service, stored_table};
+use crate::frame::Stream;
+use crate::reconnect::{Reconnect, ReconnectOptions};
 use crate::service::CallFuture;
 use crate::vdi::{self, NewVdi};
 
@@ -360,6 +362,37 @@ async fn a_hypervolume_keeps_its_blocks_across_reopening_and_frees_discarded_one
 }
 
 #[tokio::test]
+async fn a_hypervolume_whose_root_overflows_gets_leaves() {
+    const FULL: u32 = sheepdog_proto::btree::MAX_LEAF_ENTRIES as u32;
+    let sheep = Arc::new(FakeSheep::new());
+    let new =
+        NewVdi { size: 1 << 50, store_policy: STORE_POLICY_BTREE, block_size_shift: 22, ..NewVdi::default() };
+    let vid = vdi::create(&*sheep, "v", &new).await.unwrap();
+    // A root leaf that holds every second block.
+    let entries = (0..FULL).map(|i| sheepdog_proto::btree::LeafEntry { idx: 2 * i, vdi_id: vid.get() });
+    let root = sheepdog_proto::btree::BtreeNode::Leaf(entries.collect()).encode();
+    let header = vdi::read_header(&*sheep, vid).await.unwrap();
+    let inode = [&header.to_bytes()[..], &root].concat();
+    vdi::write_object(&*sheep, Oid::inode(vid), 0, inode.into()).await.unwrap();
+
+    let volume = open(&sheep).await;
+    let block = volume.block_size();
+    let places = [7u64, 2 * u64::from(FULL) + 5, u64::from(FULL) * 3];
+    for (i, idx) in places.iter().enumerate() {
+        volume.write(idx * block + 9, filled(i as u8 + 1, 512), false).await.unwrap();
+    }
+    let volume = open(&sheep).await;
+    assert_eq!(volume.header().btree_counter, 2);
+    for (i, idx) in places.iter().enumerate() {
+        assert_eq!(volume.read_bytes(idx * block + 9, 512).await.unwrap(), filled(i as u8 + 1, 512));
+    }
+    let extents = volume.extents(6 * block, 4 * block).await.unwrap();
+    assert_eq!(extents, [(3 * block, Extent::Own), (block, Extent::Hole)]);
+    let last = 2 * (u64::from(FULL) - 1);
+    assert_eq!(volume.extents(last * block, block).await.unwrap(), [(block, Extent::Own)]);
+}
+
+#[tokio::test]
 async fn listing_shows_working_vdis_and_snapshots() {
     let sheep = Arc::new(FakeSheep::new());
     let volume = volume_of(&sheep, BLOCK).await;
@@ -371,6 +404,48 @@ async fn listing_shows_working_vdis_and_snapshots() {
     let found = vdi::lookup(&*sheep, "v", Some(&SnapshotRef::Id(1))).await.unwrap();
     assert_eq!(found.vid, volume.vid());
     assert!(vdi::lookup(&*sheep, "", None).await.is_err());
+}
+
+#[tokio::test]
+async fn a_volume_survives_connections_that_break_again_and_again() {
+    let sheep = Arc::new(FakeSheep::new());
+    vdi::create(&*sheep, "v", &NewVdi { size: 4 * BLOCK, ..NewVdi::default() }).await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().into();
+    let connections = Arc::new(AtomicU32::new(0));
+    let (server, count) = (sheep.clone(), connections.clone());
+    let accepting = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            count.fetch_add(1, Ordering::Relaxed);
+            let answers = 10 + 7 * count.load(Ordering::Relaxed) as usize % 23;
+            let _ = crate::fake::serve(server.clone(), Stream::Tcp(stream), answers).await;
+        }
+    });
+    let options = ReconnectOptions { backoff: std::time::Duration::from_millis(1), give_up_after: None };
+    let service = Arc::new(Reconnect::new(addr, options));
+    let volume = Volume::open(service, "v", None, OpenOptions::default()).await.unwrap();
+    let writes = (0..512u64).map(|i| volume.write(i * 8192, filled(i as u8, 8192), false));
+    for result in futures_util::future::join_all(writes).await {
+        result.unwrap();
+    }
+    let data = volume.read_bytes(0, 4 * BLOCK as usize).await.unwrap();
+    assert!(data.chunks(8192).enumerate().all(|(i, chunk)| chunk.iter().all(|b| *b == i as u8)));
+    assert!(connections.load(Ordering::Relaxed) > 10);
+    accepting.abort();
+}
+
+#[tokio::test]
+async fn a_lock_is_waited_for_while_the_sheep_collects_lock_state() {
+    let sheep = Arc::new(FakeSheep::new().with_locks());
+    volume_of(&sheep, BLOCK).await.close().await.unwrap();
+    let left = AtomicU32::new(2);
+    sheep.set_fault(move |r| {
+        let busy = r.opcode == Opcode::LOCK_VDI
+            && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
+        busy.then_some(ResultCode::COLLECTING_CINFO)
+    });
+    open(&sheep).await;
 }
 
 /// What happens between two checks.
@@ -486,8 +561,14 @@ async fn run_scenario(steps: Vec<(Step, bool)>, seed: u64) {
     check_nothing_leaked(&sheep).await;
 }
 
+/// Few cases unless PROPTEST_CASES asks for more.
+fn cases(few: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok());
+    ProptestConfig { cases: asked.unwrap_or(few), ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(cases(48))]
     #[test]
     fn a_volume_behaves_like_memory_and_snapshots_do_not_change(steps in steps(), seed in 1u64..) {
         tokio::runtime::Builder::new_current_thread()

@@ -63,7 +63,10 @@ impl Inner {
 
     pub(super) async fn zeroes_are_fast(&self, offset: u64, len: u64) -> Result<bool, VolumeError> {
         self.check_range(offset, len)?;
-        let ends = [self.pieces(offset, len).next(), self.pieces(offset, len).last()];
+        let end = offset + len;
+        let last = end.saturating_sub(1) & !(self.block_size() - 1);
+        let last = self.pieces(last.max(offset), end - last.max(offset)).next();
+        let ends = [self.pieces(offset, len).next(), last];
         for (idx, within, len) in ends.into_iter().flatten() {
             if !self.covers(idx, within, len) && self.entry(idx).await? != 0 {
                 return Ok(false);

@@ -8,6 +8,7 @@
 mod out;
 
 mod args;
+mod benchmark;
 mod btree;
 mod cluster;
 mod commands;
@@ -25,6 +26,7 @@ mod session;
 mod start;
 mod sys;
 mod terminal;
+mod upgrade;
 mod vdi;
 mod walk;
 

@@ -56,10 +56,3 @@ fn node_format_writes_a_padded_name_once() {
     let text = format!("config file already exists: {dir}/node_config\n");
     assert_eq!(String::from_utf8_lossy(&again.stderr), text);
 }
-
-#[test]
-fn commands_of_later_releases_refuse_clearly() {
-    let run = run_dog(&["cluster", "snapshot", "list", "/nonexistent"].map(String::from), &[], b"");
-    assert_eq!((run.rc, run.stdout.as_slice()), (2, &b""[..]));
-    assert!(String::from_utf8_lossy(&run.stderr).contains("not supported"));
-}

@@ -340,10 +340,10 @@ const CLUSTER: &[Subcommand] = &[
             None,
         ),
         &[
-            nested("save", BOTH, "save snapshot to localpath", handler!(cluster::snapshot::run)),
-            nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::run)),
-            nested("load", BOTH, "load snapshot from localpath", handler!(cluster::snapshot::run)),
-            nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::run)),
+            nested("save", BOTH, "save snapshot to localpath", handler!(cluster::snapshot::save)),
+            nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::list)),
+            nested("load", BOTH, "load snapshot from localpath", handler!(cluster::snapshot::load)),
+            nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::show)),
         ],
     ),
     with(

@@ -215,7 +215,7 @@ struct Parts {
 
 struct Queues {
     work: tokio::sync::mpsc::UnboundedReceiver<worker::Work>,
-    references: tokio::sync::mpsc::Receiver<reclaim::Reference>,
+    references: tokio::sync::mpsc::Receiver<reclaim::Pending>,
     rounds: tokio::sync::mpsc::UnboundedReceiver<crate::cluster::state::Round>,
 }
 

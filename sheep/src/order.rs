@@ -56,6 +56,22 @@ pub struct Turn {
     ticket: u64,
 }
 
+/// A place in the order that may not have come up yet.
+pub struct PendingTurn {
+    turn: Turn,
+    wait: Option<oneshot::Receiver<()>>,
+}
+
+impl PendingTurn {
+    /// Waits until it is this request's turn.
+    pub async fn ready(self) -> Turn {
+        if let Some(wait) = self.wait {
+            let _ = wait.await;
+        }
+        self.turn
+    }
+}
+
 fn shard_of(oid: Oid) -> usize {
     (oid.0 ^ (oid.0 >> 32)) as usize % SHARDS
 }
@@ -69,6 +85,12 @@ impl Order {
             let _ = wait.await;
         }
         turn
+    }
+
+    /// Takes a place in the order without waiting for it.
+    pub fn reserve(&self, oid: Oid, range: Range<u64>, exclusive: bool) -> PendingTurn {
+        let (turn, wait) = self.enqueue(oid, range, exclusive);
+        PendingTurn { turn, wait }
     }
 
     /// The turn if nothing conflicts right now.

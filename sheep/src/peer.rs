@@ -100,12 +100,11 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     }
     let view = admit(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    let size = sheep.size_of(body.oid, &view);
+    let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     let len = request.data_length as usize;
     if len as u64 > size {
         return Err(ResultCode::INVALID_PARMS);
     }
-    let replica = Sheep::replica(body.oid);
     let recovering = request.flags.contains(Flags::RECOVERY);
     let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
     match store.read(replica, body.offset.into(), len).await {
@@ -128,9 +127,8 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     }
     let (view, _pass) = admit_write(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    let size = sheep.size_of(body.oid, &view);
+    let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
-    let replica = Sheep::replica(body.oid);
     let done = if request.opcode == Opcode::WRITE_PEER {
         store.write(replica, size, body.offset.into(), payload).await
     } else {
@@ -140,10 +138,11 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
 }
 
 async fn remove(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {
-    let oid = request.obj().oid;
-    let (_view, _pass) = admit_write(sheep, request, oid).await?;
+    let body = request.obj();
+    let (view, _pass) = admit_write(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    store.remove(Sheep::replica(oid)).await.map_err(|e| crate::faults::peer_result(sheep, &e))
+    let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
+    store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))
 }
 
 async fn decref(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {

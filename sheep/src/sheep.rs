@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::cluster::ClusterHandle;
 use crate::gate::Gate;
 use crate::gateway::Gateway;
+use crate::gateway::object::is_coded;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
 use crate::stats::Stats;
@@ -100,6 +101,23 @@ impl Sheep {
     /// Whether this node is at home for `oid` in `view`.
     pub fn is_home(&self, oid: Oid, view: &View) -> bool {
         self.store.is_some() && view.my_position(oid, self.copies_of(oid, view)).is_some()
+    }
+
+    /// The file that a peer request names, and its size in bytes: the object, or the strip of an erasure-coded one.
+    pub fn named_replica(&self, oid: Oid, ec_index: u8, view: &View) -> (Replica, u64) {
+        let redundancy = self.redundancy(oid.vid(), view);
+        if !is_coded(oid, &redundancy) {
+            return (Sheep::replica(oid), oid.size(redundancy.block_size_shift));
+        }
+        let block = 1u64 << redundancy.block_size_shift.min(sheepdog_proto::MAX_BLOCK_SHIFT);
+        let size = block / u64::from(redundancy.policy.data_strips());
+        (Replica { oid, strip: Some(ec_index) }, size)
+    }
+
+    /// The file that this node should have of `oid`; `None` = it is not at home here.
+    pub fn my_replica(&self, oid: Oid, view: &View) -> Option<(Replica, u64)> {
+        let position = view.my_position(oid, self.copies_of(oid, view))?;
+        Some(self.named_replica(oid, u8::try_from(position).ok()?, view))
     }
 
     /// The store's name for a replicated object.

@@ -116,7 +116,8 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     // Recovery must leave room for clients.
     let reserve = if create.if_absent { reserve.saturating_mul(2) } else { reserve };
     let needs = if replica.oid.is_sparse() { create.data.len() as u64 } else { create.size };
-    if reserve > 0 && disk.free() < reserve.saturating_add(needs) {
+    let free = disk.free().map_err(|e| store.fault(disk, replica.oid, &e))?;
+    if reserve > 0 && free < reserve.saturating_add(needs) {
         tracing::error!("diskfull, oid={}", replica.oid);
         return Err(StoreError::NoSpace);
     }

@@ -146,8 +146,8 @@ impl Disk {
     }
 
     /// Bytes free for us now.
-    pub(crate) fn free(&self) -> u64 {
-        free_bytes(&self.path).unwrap_or(0)
+    pub(crate) fn free(&self) -> io::Result<u64> {
+        free_bytes(&self.path)
     }
 
     /// Whether the disk is out of service.

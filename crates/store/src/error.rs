@@ -109,3 +109,33 @@ pub(crate) fn fault_of(e: &io::Error) -> Fault {
         _ => Fault::Object,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_of_the_whole_disk_count_against_it() {
+        let of = |errno| fault_of(&io::Error::from_raw_os_error(errno));
+        for errno in [libc::EROFS, libc::ENXIO, libc::ENODEV, libc::ESTALE] {
+            assert_eq!(of(errno), Fault::Disk);
+        }
+        for errno in [libc::EACCES, libc::EPERM, libc::EFBIG, libc::EINVAL, libc::EISDIR, libc::EUCLEAN] {
+            assert_eq!(of(errno), Fault::Object);
+        }
+        for errno in [libc::EMFILE, libc::ENFILE, libc::EINTR, libc::EAGAIN, libc::EEXIST, libc::ENOMEM] {
+            assert_eq!(of(errno), Fault::Passing);
+        }
+        assert_eq!([of(libc::ENOSPC), of(libc::EDQUOT)], [Fault::Full; 2]);
+        assert_eq!([of(libc::ENOENT), of(libc::EIO)], [Fault::Absent, Fault::Medium]);
+    }
+
+    #[test]
+    fn results_are_the_ones_of_the_wire() {
+        let failed = |last| StoreError::DiskFailed { path: PathBuf::new(), last }.result();
+        assert_eq!([failed(false), failed(true)], [ResultCode::NETWORK_ERROR, ResultCode::EIO]);
+        let passing = StoreError::Retry(io::Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(passing.result(), ResultCode::NETWORK_ERROR);
+        assert_eq!(StoreError::NoSpace.result(), ResultCode::NO_SPACE);
+    }
+}

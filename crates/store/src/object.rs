@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{LazyLock, OnceLock};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::blockmap::{BlockMap, MAX_MAPPED_FILE};
-use crate::sys::fiemap;
+use crate::sys::{fiemap, rw};
 
 /// How long after a read an object counts as being read.
 const READ_RECENTLY: Duration = Duration::from_secs(120);
@@ -51,7 +51,7 @@ impl OpenObject {
 
     /// Whether the file lost its last name behind the store's back.
     pub(crate) fn is_unlinked(&self) -> bool {
-        self.file.metadata().is_ok_and(|m| m.nlink() == 0)
+        rw::link_count(&self.file).is_ok_and(|n| n == 0)
     }
 
     /// Reads the block map from the file system if there is none yet. The file is synced first: extents and size that

@@ -22,7 +22,7 @@ impl Store {
     pub fn space(&self) -> Space {
         let mut space = Space::default();
         for disk in &self.inner.disks().disks {
-            space.free += disk.free();
+            space.free += disk.free().unwrap_or(0);
             space.used += self.inner.index.used(disk.id);
         }
         space.size = space.free + space.used;
@@ -34,7 +34,7 @@ impl Store {
         let set = self.inner.disks();
         let info = set.disks.iter().enumerate().map(|(i, disk)| MdInfo {
             idx: i as i32,
-            free: disk.free(),
+            free: disk.free().unwrap_or(0),
             used: self.inner.index.used(disk.id),
             path: fixed_str(disk.path.as_os_str().as_encoded_bytes()),
         });

@@ -472,3 +472,33 @@ fn check_range(offset: u64, len: usize, size: u64) -> Result<()> {
     let fits = offset.checked_add(len as u64).is_some_and(|end| end <= size) && size <= MAX_FILE;
     if fits { Ok(()) } else { Err(StoreError::InvalidRange { offset, len: len as u64, size }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sheepdog_buffer::PageBuf;
+    use sheepdog_proto::VdiId;
+
+    #[tokio::test]
+    async fn a_write_claims_its_fill_units_until_its_blocks_are_known_to_be_mapped() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (store, _) = Store::open(&[dir.path().join("d")], StoreOptions::default()).expect("open");
+        let replica = Replica::whole(Oid::data(VdiId::new(1), 0));
+        let claim = |bytes: Range<u64>| {
+            let (claim, rounded) = store.inner.write_claim(replica, bytes);
+            (claim.range, rounded)
+        };
+        store.create(replica, 1 << 20, 0, Bytes::from_static(b"x")).await.expect("create");
+        assert_eq!(claim(69_632..73_728), (65_536..131_072, true), "not open");
+        store.write(replica, 1 << 20, 69_632, PageBuf::copy_of(&[1; 4096]).freeze()).await.expect("write");
+        let shared = store.inner.locate(replica).expect("disk").abilities;
+        if !(shared.shared_flush && shared.direct) {
+            assert_eq!(claim(69_632..73_728), (65_536..131_072, true), "never known here");
+            return;
+        }
+        assert_eq!(claim(69_632..73_728), (69_632..73_728, false));
+        assert_eq!(claim(69_633..69_634), (69_632..73_728, false), "whole blocks");
+        assert_eq!(claim(65_536..131_072), (65_536..131_072, false), "filled with zeros");
+        assert_eq!(claim(131_000..131_100), (65_536..196_608, true), "the second unit is not");
+    }
+}

@@ -47,10 +47,6 @@ pub fn make_fs<'a>(
             return ResultCode::NO_STORE;
         }
         let body = message.request.cluster();
-        if CopyPolicy::from_byte(body.copy_policy).is_ok_and(CopyPolicy::is_erasure) {
-            tracing::error!("erasure-coded clusters are not supported by this version");
-            return ResultCode::NO_SUPPORT;
-        }
         let outcome = task.state.format(&body, store.as_bytes());
         apply(task, outcome).await
     })

@@ -9,7 +9,7 @@ use sheepdog_proto::{ClusterFlags, Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::sheep::Sheep;
 use crate::vdi::locks::Participation;
-use crate::vdi::reclaim::Reference;
+use crate::vdi::reclaim::{Pending, Reference};
 
 /// Offset of `store_policy` in an inode.
 const STORE_POLICY_AT: usize = 553;
@@ -41,10 +41,13 @@ pub async fn update(sheep: &Arc<Sheep>, vid: VdiId, offset: u64, data: Bytes) ->
     }
     sheep.gateway.write_object(sheep, oid, offset, data.clone()).await?;
     clear_grefs(sheep, oid, &changes).await?;
-    let drops = changes.iter().filter(|c| c.old != 0).map(|c| Reference {
-        data: Oid::data(VdiId::new(c.old), c.index),
-        generation: c.gref.generation.get() as u32,
-        count: c.gref.count.get() as u32,
+    let drops = changes.iter().filter(|c| c.old != 0).map(|c| {
+        let reference = Reference {
+            data: Oid::data(VdiId::new(c.old), c.index),
+            generation: c.gref.generation.get() as u32,
+            count: c.gref.count.get() as u32,
+        };
+        Pending::new(sheep, reference)
     });
     if view.flags.contains(ClusterFlags::RECYCLE_VID) {
         for reference in drops {

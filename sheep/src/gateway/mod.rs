@@ -2,11 +2,13 @@
 //!
 //! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
 //! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`replicas`] is a single
-//! attempt in one epoch; [`map`] updates block tables.
+//! attempt in one epoch, [`coded`] one for erasure-coded objects; [`map`] updates block tables.
 
+pub mod coded;
 pub mod map;
 pub mod object;
 pub mod replicas;
+mod strips;
 
 use std::ops::Range;
 use std::sync::Arc;

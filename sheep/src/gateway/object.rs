@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use sheepdog_erasure::Code;
 use sheepdog_proto::header::{ObjRequest, RefRequest};
 use sheepdog_proto::ledger::Ledger;
 use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
 
 use super::Gateway;
+use super::coded::code_of;
 use super::replicas::{self, Failure};
+use crate::order::{PendingTurn, Turn};
 use crate::peer::check_range;
 use crate::sheep::Sheep;
 use crate::vdi::table::Redundancy;
@@ -28,14 +31,11 @@ pub fn is_coded(oid: Oid, redundancy: &Redundancy) -> bool {
 }
 
 /// What stops a request before any replica is asked (spec 06, 3.5).
-fn refusal(view: &View, redundancy: &Redundancy, oid: Oid, write: bool) -> Option<ResultCode> {
+fn refusal(view: &View, redundancy: &Redundancy, write: bool) -> Option<ResultCode> {
     match view.status {
         ClusterStatus::Killed => return Some(ResultCode::KILLED),
         ClusterStatus::Shutdown => return Some(ResultCode::SHUTDOWN),
         ClusterStatus::Ok | ClusterStatus::Wait => {}
-    }
-    if is_coded(oid, redundancy) {
-        return Some(ResultCode::NO_SUPPORT);
     }
     if view.status == ClusterStatus::Ok && view.ring.nr_zones() == 0 {
         return Some(ResultCode::HALT);
@@ -45,9 +45,14 @@ fn refusal(view: &View, redundancy: &Redundancy, oid: Oid, write: bool) -> Optio
 }
 
 /// Runs `attempt` until it succeeds or fails for good.
-async fn retry<T, F, Fut>(sheep: &Arc<Sheep>, oid: Oid, write: bool, mut attempt: F) -> Result<T, ResultCode>
+pub(super) async fn retry<T, F, Fut>(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    write: bool,
+    mut attempt: F,
+) -> Result<T, ResultCode>
 where
-    F: FnMut(Arc<View>, u8) -> Fut,
+    F: FnMut(Arc<View>, Redundancy) -> Fut,
     Fut: Future<Output = Result<T, Failure>>,
 {
     let mut pause = BACKOFF.0;
@@ -55,10 +60,10 @@ where
     loop {
         let view = sheep.views.load();
         let redundancy = sheep.redundancy(oid.vid(), &view);
-        if let Some(code) = refusal(&view, &redundancy, oid, write) {
+        if let Some(code) = refusal(&view, &redundancy, write) {
             return Err(code);
         }
-        let failure = match attempt(view.clone(), redundancy.copies).await {
+        let failure = match attempt(view.clone(), redundancy).await {
             Ok(value) => return Ok(value),
             Err(failure) => failure,
         };
@@ -96,6 +101,12 @@ impl Gateway {
         sheep.size_of(oid, &sheep.views.load())
     }
 
+    /// The erasure code of an object, if it is coded.
+    fn code_for(&self, sheep: &Arc<Sheep>, oid: Oid) -> Result<Option<Code>, ResultCode> {
+        let redundancy = sheep.redundancy(oid.vid(), &sheep.views.load());
+        is_coded(oid, &redundancy).then(|| code_of(redundancy.policy)).transpose()
+    }
+
     /// Reads `len` bytes at `offset`; bytes past the object's end are zeros.
     pub async fn read_object(
         &self,
@@ -105,10 +116,13 @@ impl Gateway {
         len: usize,
     ) -> Result<Bytes, ResultCode> {
         check_range(0, len as u64, self.size_of(sheep, oid))?;
+        if let Some(code) = self.code_for(sheep, oid)? {
+            return self.read_coded(sheep, oid, code, offset, len).await;
+        }
         let _turn = self.order.turn(oid, offset..offset + len as u64, false).await;
-        retry(sheep, oid, false, |view, copies| async move {
-            let request = request_for(Opcode::READ_PEER, oid, offset, view.epoch, copies).length(len);
-            replicas::read(sheep, &view, request, copies).await
+        retry(sheep, oid, false, |view, kept| async move {
+            let request = request_for(Opcode::READ_PEER, oid, offset, view.epoch, kept.copies).length(len);
+            replicas::read(sheep, &view, request, kept.copies).await
         })
         .await
     }
@@ -122,6 +136,9 @@ impl Gateway {
         data: Bytes,
     ) -> Result<(), ResultCode> {
         check_range(offset, data.len() as u64, self.size_of(sheep, oid))?;
+        if let Some(code) = self.code_for(sheep, oid)? {
+            return self.write_coded(sheep, oid, code, offset, data).await;
+        }
         {
             let _turn = self.order.turn(oid, offset..offset + data.len() as u64, true).await;
             let result = self.write_once(sheep, oid, offset, &data).await;
@@ -144,9 +161,9 @@ impl Gateway {
         offset: u64,
         data: &Bytes,
     ) -> Result<(), ResultCode> {
-        retry(sheep, oid, true, |view, copies| async move {
-            let request = request_for(Opcode::WRITE_PEER, oid, offset, view.epoch, copies);
-            replicas::write(sheep, &view, request, data.clone(), copies).await
+        retry(sheep, oid, true, |view, kept| async move {
+            let request = request_for(Opcode::WRITE_PEER, oid, offset, view.epoch, kept.copies);
+            replicas::write(sheep, &view, request, data.clone(), kept.copies).await
         })
         .await
     }
@@ -154,10 +171,10 @@ impl Gateway {
     async fn heal(&self, sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
         tracing::warn!("{oid}: not all homes have it, repairing");
         let len = self.size_of(sheep, oid) as usize;
-        retry(sheep, oid, true, |view, copies| async move {
-            let read = request_for(Opcode::READ_PEER, oid, 0, view.epoch, copies).length(len);
-            let create = request_for(Opcode::CREATE_AND_WRITE_PEER, oid, 0, view.epoch, copies);
-            replicas::heal(sheep, &view, read, create, copies).await
+        retry(sheep, oid, true, |view, kept| async move {
+            let read = request_for(Opcode::READ_PEER, oid, 0, view.epoch, kept.copies).length(len);
+            let create = request_for(Opcode::CREATE_AND_WRITE_PEER, oid, 0, view.epoch, kept.copies);
+            replicas::heal(sheep, &view, read, create, kept.copies).await
         })
         .await
     }
@@ -171,12 +188,16 @@ impl Gateway {
         data: Bytes,
     ) -> Result<(), ResultCode> {
         check_range(offset, data.len() as u64, self.size_of(sheep, oid))?;
+        if let Some(code) = self.code_for(sheep, oid)? {
+            return self.create_coded(sheep, oid, code, offset, data).await;
+        }
         let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        retry(sheep, oid, true, |view, copies| {
+        retry(sheep, oid, true, |view, kept| {
             let data = data.clone();
             async move {
-                let request = request_for(Opcode::CREATE_AND_WRITE_PEER, oid, offset, view.epoch, copies);
-                replicas::fan_out(sheep, &view, request, data, copies).await
+                let request =
+                    request_for(Opcode::CREATE_AND_WRITE_PEER, oid, offset, view.epoch, kept.copies);
+                replicas::fan_out(sheep, &view, request, data, kept.copies).await
             }
         })
         .await
@@ -184,10 +205,23 @@ impl Gateway {
 
     /// Removes an object from all replicas; `NO_OBJ` if one of them did not have it.
     pub async fn remove_object(&self, sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
-        let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        retry(sheep, oid, false, |view, copies| async move {
-            let request = request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, copies);
-            replicas::fan_out(sheep, &view, request, Bytes::new(), copies).await
+        let turn = self.order.turn(oid, 0..u64::MAX, true).await;
+        self.remove_in_turn(sheep, oid, turn).await
+    }
+
+    /// The place of a removal among the requests to `oid`: those that come later wait for it.
+    pub fn removal_turn(&self, oid: Oid) -> PendingTurn {
+        self.order.reserve(oid, 0..u64::MAX, true)
+    }
+
+    /// As [`Gateway::remove_object`], in a turn that the caller took.
+    pub async fn remove_in_turn(&self, sheep: &Arc<Sheep>, oid: Oid, _turn: Turn) -> Result<(), ResultCode> {
+        if let Some(code) = self.code_for(sheep, oid)? {
+            return self.remove_coded(sheep, oid, code).await;
+        }
+        retry(sheep, oid, false, |view, kept| async move {
+            let request = request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies);
+            replicas::fan_out(sheep, &view, request, Bytes::new(), kept.copies).await
         })
         .await
     }
@@ -202,10 +236,10 @@ impl Gateway {
         let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
         let done: parking_lot::Mutex<Vec<NodeId>> = parking_lot::Mutex::default();
         let done = &done;
-        retry(sheep, oid, false, |view, copies| async move {
+        retry(sheep, oid, false, |view, kept| async move {
             let request =
                 Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
-            replicas::decref(sheep, &view, request, copies, done).await
+            replicas::decref(sheep, &view, request, kept.copies, done).await
         })
         .await
     }

@@ -69,7 +69,7 @@ fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Ve
 }
 
 /// The failure that decides: one that a retry cures, or else the last one.
-fn deciding(failures: &[Failure]) -> Option<Failure> {
+pub fn deciding(failures: &[Failure]) -> Option<Failure> {
     failures.iter().find(|f| f.code.is_retriable()).or(failures.last()).copied()
 }
 

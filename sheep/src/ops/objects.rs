@@ -9,7 +9,7 @@ use sheepdog_client::Reply;
 use sheepdog_proto::header::{HashResponse, ObjRequest};
 use sheepdog_proto::inode::table_offset;
 use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, Wire};
-use sheepdog_store::{Replica, StoreError};
+use sheepdog_store::StoreError;
 
 use super::{list, result};
 use crate::gateway::map;
@@ -21,19 +21,12 @@ const EPOCH_WAIT: Duration = Duration::from_secs(5);
 /// Deadline of a repair copy.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
 
-/// The name under which this node would store `oid` now; `None` = it would not.
-fn local_name(sheep: &Sheep, oid: Oid) -> Option<Replica> {
-    let view = sheep.views.load();
-    let redundancy = sheep.redundancy(oid.vid(), &view);
-    if !is_coded(oid, &redundancy) {
-        return Some(Sheep::replica(oid));
-    }
-    let strip = view.my_position(oid, redundancy.copies)?;
-    Some(Replica { oid, strip: Some(strip as u8) })
-}
-
 fn is_here(sheep: &Sheep, oid: Oid) -> bool {
-    sheep.store.as_ref().zip(local_name(sheep, oid)).is_some_and(|(store, name)| store.exists(name))
+    let view = sheep.views.load();
+    let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
+    let name =
+        if coded { sheep.my_replica(oid, &view).map(|(name, _)| name) } else { Some(Sheep::replica(oid)) };
+    sheep.store.as_ref().zip(name).is_some_and(|(store, name)| store.exists(name))
 }
 
 /// EXIST.

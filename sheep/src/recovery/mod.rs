@@ -7,6 +7,7 @@
 
 pub mod object;
 pub mod round;
+pub mod strip;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -197,8 +198,9 @@ impl Recovery {
     pub async fn ready(&self, sheep: &Arc<Sheep>, oid: Oid, view: &View) -> bool {
         let Some(active) = self.current.lock().clone() else { return true };
         let Some(store) = &sheep.store else { return true };
-        if store.exists(Sheep::replica(oid)) || !sheep.is_home(oid, view) {
-            return true;
+        match sheep.my_replica(oid, view) {
+            Some((replica, _)) if !store.exists(replica) => {}
+            _ => return true,
         }
         let done = {
             let mut work = active.work.lock();

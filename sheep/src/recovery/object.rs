@@ -15,11 +15,12 @@ use sheepdog_store::StoreError;
 
 use super::Active;
 use crate::cluster::ops::epoch_log;
+use crate::gateway::coded::code_of;
 use crate::gateway::object::is_coded;
 use crate::sheep::Sheep;
 
 /// Deadline of a copy from another node.
-const COPY_DEADLINE: Duration = Duration::from_secs(30);
+pub const COPY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How it ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,16 +47,20 @@ enum Search {
 /// Recovers `oid` for the round.
 pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered {
     let Some(store) = &sheep.store else { return Recovered::Nowhere };
-    if store.exists(Sheep::replica(oid)) {
-        return Recovered::Here;
-    }
     let view = sheep.views.load();
     if view.epoch != active.round.epoch {
         return Recovered::Replaced;
     }
+    let Some((replica, size)) = sheep.my_replica(oid, &view) else { return Recovered::Nowhere };
+    if store.exists(replica) {
+        return Recovered::Here;
+    }
     let redundancy = sheep.redundancy(oid.vid(), &view);
     if is_coded(oid, &redundancy) {
-        return Recovered::Later("erasure-coded objects are not supported by this version".into());
+        return match code_of(redundancy.policy) {
+            Ok(code) => super::strip::recover(sheep, active, store, replica, code, size).await,
+            Err(code) => Recovered::Later(code.to_string()),
+        };
     }
     let floor = sheep.recovery.last_gathered();
     let mut local = LocalCandidate::find(sheep, active.round.epoch, floor, oid).await;

@@ -62,10 +62,6 @@ fn check(view: &View, body: &VdiRequest, payload: &[u8]) -> Result<Params, Resul
     if !valid {
         return Err(ResultCode::INVALID_PARMS);
     }
-    if policy.is_erasure() {
-        tracing::error!("erasure-coded VDIs are not supported by this version");
-        return Err(ResultCode::NO_SUPPORT);
-    }
     Ok(Params {
         name: name.to_vec(),
         size: body.vdi_size,

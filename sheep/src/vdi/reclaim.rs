@@ -8,6 +8,7 @@ use sheepdog_proto::{Oid, ResultCode};
 use sheepdog_store::{Store, StoreError};
 use tokio::sync::{Mutex, mpsc};
 
+use crate::order::PendingTurn;
 use crate::sheep::Sheep;
 
 /// References waiting to be dropped; whoever adds more waits.
@@ -26,29 +27,45 @@ pub struct Reference {
     pub count: u32,
 }
 
+/// A reference to drop, with its place in the order of requests to the object if dropping it removes the object: a
+/// client that discards a block and writes it again must not see the removal overtake the write.
+pub struct Pending {
+    reference: Reference,
+    removal: Option<PendingTurn>,
+}
+
+impl Pending {
+    /// Takes the place in the order now.
+    pub fn new(sheep: &Sheep, reference: Reference) -> Pending {
+        let unshared = reference.generation == 0 && reference.count == 0;
+        let removal = unshared.then(|| sheep.gateway.removal_turn(reference.data));
+        Pending { reference, removal }
+    }
+}
+
 /// The queue of references to drop.
 pub struct Reclaim {
-    queue: mpsc::Sender<Reference>,
+    queue: mpsc::Sender<Pending>,
     /// Ledger updates of this node, one at a time per node as the original does.
     ledgers: Mutex<()>,
 }
 
 impl Reclaim {
     /// The queue and its receiving end, for [`run`].
-    pub fn new() -> (Reclaim, mpsc::Receiver<Reference>) {
+    pub fn new() -> (Reclaim, mpsc::Receiver<Pending>) {
         let (queue, receiver) = mpsc::channel(QUEUE);
         (Reclaim { queue, ledgers: Mutex::new(()) }, receiver)
     }
 
     /// Adds a reference; waits while the queue is full.
-    pub async fn enqueue(&self, reference: Reference) {
+    pub async fn enqueue(&self, reference: Pending) {
         // The receiver ends only with the process.
         let _ = self.queue.send(reference).await;
     }
 }
 
 /// Works the queue off, for ever.
-pub async fn run(sheep: Arc<Sheep>, receiver: mpsc::Receiver<Reference>) {
+pub async fn run(sheep: Arc<Sheep>, receiver: mpsc::Receiver<Pending>) {
     let receiver = Arc::new(Mutex::new(receiver));
     for _ in 0..WORKERS {
         let (sheep, receiver) = (sheep.clone(), receiver.clone());
@@ -64,10 +81,11 @@ pub async fn run(sheep: Arc<Sheep>, receiver: mpsc::Receiver<Reference>) {
 
 /// Drops one reference: removes the object if it was never copied, else tells its ledger. Failures leak and are
 /// logged; they never remove what is still referenced.
-pub async fn drop_reference(sheep: &Arc<Sheep>, reference: Reference) {
+pub async fn drop_reference(sheep: &Arc<Sheep>, pending: Pending) {
+    let reference = pending.reference;
     let ledger = Oid::ledger_of(reference.data);
-    let result = if reference.generation == 0 && reference.count == 0 {
-        remove_unshared(sheep, reference.data, ledger).await
+    let result = if let Some(removal) = pending.removal {
+        remove_unshared(sheep, reference.data, ledger, removal).await
     } else {
         let body = RefRequest { oid: ledger, generation: reference.generation, count: reference.count };
         sheep.gateway.decref_object(sheep, body).await
@@ -79,9 +97,15 @@ pub async fn drop_reference(sheep: &Arc<Sheep>, reference: Reference) {
 }
 
 /// A reference that was never copied is the only one; a ledger says otherwise, and then nothing is removed.
-async fn remove_unshared(sheep: &Arc<Sheep>, data: Oid, ledger: Oid) -> Result<(), ResultCode> {
+async fn remove_unshared(
+    sheep: &Arc<Sheep>,
+    data: Oid,
+    ledger: Oid,
+    removal: PendingTurn,
+) -> Result<(), ResultCode> {
+    let turn = removal.ready().await;
     match sheep.gateway.read_object(sheep, ledger, 0, 4).await {
-        Err(ResultCode::NO_OBJ) => sheep.gateway.remove_object(sheep, data).await,
+        Err(ResultCode::NO_OBJ) => sheep.gateway.remove_in_turn(sheep, data, turn).await,
         Ok(_) => {
             tracing::error!("{data}: dropped as unshared although it has a ledger; keeping it");
             Ok(())

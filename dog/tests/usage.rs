@@ -56,3 +56,12 @@ fn node_format_writes_a_padded_name_once() {
     let text = format!("config file already exists: {dir}/node_config\n");
     assert_eq!(String::from_utf8_lossy(&again.stderr), text);
 }
+
+#[test]
+fn nbd_serve_says_what_is_wrong_with_its_addresses() {
+    let bad = run_dog(&["nbd", "serve", "10809"].map(String::from), &[], b"");
+    let text = "invalid NBD address '10809': expected unix:PATH or tcp:HOST:PORT\n";
+    assert_eq!((bad.rc, String::from_utf8_lossy(&bad.stderr).as_ref()), (64, text));
+    let usage = run_dog(&["nbd", "serve", "-h"].map(String::from), &[], b"");
+    assert!(usage.stdout.starts_with(b"Usage: dog nbd serve ") && usage.rc == 0);
+}

@@ -161,7 +161,7 @@ scenarios! {
     few_nodes: "dog-cli-2.json", "few-nodes", NONE;
     check_repair: "dog-cli-2.json", "check-repair", NONE;
     backup: "dog-cli-2.json", "backup", NONE;
-    farm: "dog-cli-2.json", "farm", NONE;
+    cluster_snapshots: "dog-cli-2.json", "farm", NONE;
     misc: "dog-cli-2.json", "misc", NFS;
     tty: "dog-cli-2.json", "tty", NONE;
     format_options: "dog-cli-2.json", "format-options", TREE_STORE_USED;

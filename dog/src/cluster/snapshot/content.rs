@@ -28,7 +28,7 @@ pub type Hash = [u8; HASH_LEN];
 
 /// What goes wrong with a directory.
 #[derive(Debug, Error)]
-pub enum FarmError {
+pub enum SnapshotError {
     /// A path is taken by something else.
     #[error("Path is not a directory: {0}")]
     NotADirectory(String),
@@ -57,21 +57,21 @@ pub enum FarmError {
     Unknown,
 }
 
-impl FarmError {
+impl SnapshotError {
     /// A file that could not be read or written.
-    pub fn file(path: &Path, why: io::Error) -> FarmError {
-        FarmError::File { what: path.display().to_string(), why }
+    pub fn file(path: &Path, why: io::Error) -> SnapshotError {
+        SnapshotError::File { what: path.display().to_string(), why }
     }
 
     /// Prints it.
     pub fn report(&self) {
         out::log(self);
         match self {
-            FarmError::NotADirectory(_) => {
+            SnapshotError::NotADirectory(_) => {
                 out::log("Fail to create directory: File exists");
                 out::log("Fail to init farm.");
             }
-            FarmError::Create(_) => out::log("Fail to init farm."),
+            SnapshotError::Create(_) => out::log("Fail to init farm."),
             _ => {}
         }
     }
@@ -104,7 +104,7 @@ pub struct Content {
 
 impl Content {
     /// Opens a directory, creating what is missing.
-    pub fn open(path: &[u8]) -> Result<Content, FarmError> {
+    pub fn open(path: &[u8]) -> Result<Content, SnapshotError> {
         let root = PathBuf::from(OsStr::from_bytes(path));
         make_dir(&root)?;
         let objects = root.join("objects");
@@ -112,7 +112,7 @@ impl Content {
         (0..=255u8).try_for_each(|first| make_dir(&objects.join(format!("{first:02x}"))))?;
         let content = Content { root };
         let log = content.log_path();
-        fs::OpenOptions::new().append(true).create(true).open(&log).map_err(FarmError::Create)?;
+        fs::OpenOptions::new().append(true).create(true).open(&log).map_err(SnapshotError::Create)?;
         Ok(content)
     }
 
@@ -127,7 +127,7 @@ impl Content {
     }
 
     /// Stores bytes; what is there already is kept.
-    pub fn put(&self, bytes: &[u8]) -> Result<Hash, FarmError> {
+    pub fn put(&self, bytes: &[u8]) -> Result<Hash, SnapshotError> {
         let hash: Hash = Sha1::digest(bytes).into();
         let path = self.path_of(&hash);
         if fs::metadata(&path).is_ok_and(|meta| meta.len() == bytes.len() as u64) {
@@ -144,23 +144,23 @@ impl Content {
             file.write_all(bytes)?;
             fs::rename(&temporary, &path)
         };
-        write().map_err(|e| FarmError::file(&path, e))?;
+        write().map_err(|e| SnapshotError::file(&path, e))?;
         Ok(hash)
     }
 
     /// Reads a content file and verifies it.
-    pub fn get(&self, hash: &Hash) -> Result<Vec<u8>, FarmError> {
+    pub fn get(&self, hash: &Hash) -> Result<Vec<u8>, SnapshotError> {
         let path = self.path_of(hash);
-        let bytes = fs::read(&path).map_err(|e| FarmError::file(&path, e))?;
+        let bytes = fs::read(&path).map_err(|e| SnapshotError::file(&path, e))?;
         let found: Hash = Sha1::digest(&bytes).into();
         if found != *hash {
-            return Err(FarmError::Corrupt(hex(hash), hex(&found)));
+            return Err(SnapshotError::Corrupt(hex(hash), hex(&found)));
         }
         Ok(bytes)
     }
 
     /// Stores an object in slices; the hash is that of their list.
-    pub fn put_object(&self, bytes: &[u8]) -> Result<Hash, FarmError> {
+    pub fn put_object(&self, bytes: &[u8]) -> Result<Hash, SnapshotError> {
         let mut list = Vec::with_capacity(bytes.len().div_ceil(SLICE_LEN) * HASH_LEN);
         for slice in bytes.chunks(SLICE_LEN) {
             list.extend(self.put(slice)?);
@@ -168,57 +168,57 @@ impl Content {
         self.put(&list)
     }
 
-    fn slices(&self, entry: &TrunkEntry) -> Result<Vec<Hash>, FarmError> {
+    fn slices(&self, entry: &TrunkEntry) -> Result<Vec<Hash>, SnapshotError> {
         let list = self.get(&entry.slices)?;
         let expected = object_len(entry.oid, entry.block_size_shift).div_ceil(SLICE_LEN);
         if list.len() != expected * HASH_LEN {
-            return Err(FarmError::Damaged("the list of an object's slices"));
+            return Err(SnapshotError::Damaged("the list of an object's slices"));
         }
         Ok(list.chunks_exact(HASH_LEN).map(Hash::get).collect())
     }
 
     /// Puts an object together.
-    pub fn object(&self, entry: &TrunkEntry) -> Result<Vec<u8>, FarmError> {
+    pub fn object(&self, entry: &TrunkEntry) -> Result<Vec<u8>, SnapshotError> {
         let length = object_len(entry.oid, entry.block_size_shift);
         let mut bytes = Vec::with_capacity(length);
         for slice in self.slices(entry)? {
             bytes.extend(self.get(&slice)?);
         }
         if bytes.len() != length {
-            return Err(FarmError::Damaged("an object's slices"));
+            return Err(SnapshotError::Damaged("an object's slices"));
         }
         Ok(bytes)
     }
 
     /// The header of an inode object.
-    pub fn inode_header(&self, entry: &TrunkEntry) -> Result<InodeHeader, FarmError> {
-        let damaged = FarmError::Damaged("an inode's first slice");
+    pub fn inode_header(&self, entry: &TrunkEntry) -> Result<InodeHeader, SnapshotError> {
+        let damaged = SnapshotError::Damaged("an inode's first slice");
         let first = self.slices(entry)?.first().map(|slice| self.get(slice)).transpose()?;
         first.and_then(|bytes| InodeHeader::decode(&bytes).ok()).ok_or(damaged)
     }
 
     /// Stores the list of a snapshot's objects.
-    pub fn put_trunk(&self, entries: &[TrunkEntry]) -> Result<Hash, FarmError> {
+    pub fn put_trunk(&self, entries: &[TrunkEntry]) -> Result<Hash, SnapshotError> {
         self.put(&entries.iter().flat_map(|entry| entry.to_bytes()).collect::<Vec<u8>>())
     }
 
     /// The objects of a snapshot.
-    pub fn trunk(&self, hash: &Hash) -> Result<Vec<TrunkEntry>, FarmError> {
+    pub fn trunk(&self, hash: &Hash) -> Result<Vec<TrunkEntry>, SnapshotError> {
         let bytes = self.get(hash)?;
         if bytes.len() % TrunkEntry::LEN != 0 {
-            return Err(FarmError::Damaged("the list of objects"));
+            return Err(SnapshotError::Damaged("the list of objects"));
         }
         Ok(bytes.chunks_exact(TrunkEntry::LEN).map(TrunkEntry::get).collect())
     }
 }
 
-fn make_dir(path: &Path) -> Result<(), FarmError> {
+fn make_dir(path: &Path) -> Result<(), SnapshotError> {
     match fs::DirBuilder::new().mode(0o755).create(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            Err(FarmError::NotADirectory(path.display().to_string()))
+            Err(SnapshotError::NotADirectory(path.display().to_string()))
         }
-        other => other.map_err(FarmError::Create),
+        other => other.map_err(SnapshotError::Create),
     }
 }
 
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(content.trunk(&trunk).unwrap(), [entry]);
         let first = content.slices(&entry).unwrap()[0];
         fs::write(content.path_of(&first), b"short").unwrap();
-        assert!(matches!(content.object(&entry), Err(FarmError::Corrupt(..))));
+        assert!(matches!(content.object(&entry), Err(SnapshotError::Corrupt(..))));
         content.put_object(&object).unwrap();
         assert_eq!(content.object(&entry).unwrap(), object, "saving again heals a short file");
     }

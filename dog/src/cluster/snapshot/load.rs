@@ -11,7 +11,7 @@ use sheepdog_proto::header::VdiStateRequest;
 use sheepdog_proto::inode::{GREF_OFFSET, TABLE_OFFSET, table};
 use sheepdog_proto::{Oid, Opcode, Request, VdiId};
 
-use super::content::{Content, FarmError, TrunkEntry};
+use super::content::{Content, SnapshotError, TrunkEntry};
 use super::{failed, find, is_named};
 use crate::cluster::format::{Defaults, format};
 use crate::context::Context;
@@ -36,9 +36,9 @@ pub async fn run(context: &Context) -> Outcome {
     let Some(path) = context.arg(1) else {
         return Err(fail(Stop::Usage, "Please specify the path to save snapshot."));
     };
-    let damaged = |e: FarmError| failed(e, FAIL);
+    let damaged = |e: SnapshotError| failed(e, FAIL);
     let (content, log, record) = find(path, context.name()?).map_err(damaged)?;
-    let header = log.header.ok_or(FarmError::Magic).map_err(damaged)?;
+    let header = log.header.ok_or(SnapshotError::Magic).map_err(damaged)?;
     let trunk = content.trunk(&record.trunk).map_err(damaged)?;
     let wanted = select(&content, trunk, &context.args[2..]).map_err(damaged)?;
     if wanted.is_empty() {
@@ -69,7 +69,7 @@ fn select(
     content: &Content,
     trunk: Vec<TrunkEntry>,
     names: &[Vec<u8>],
-) -> Result<Vec<TrunkEntry>, FarmError> {
+) -> Result<Vec<TrunkEntry>, SnapshotError> {
     if names.is_empty() {
         return Ok(trunk);
     }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use sheepdog_proto::Wire;
 
-use super::content::{Content, FarmError};
+use super::content::{Content, SnapshotError};
 
 const MAGIC: u32 = 0xfee1_c001;
 const VERSION: u32 = 1;
@@ -57,29 +57,29 @@ pub struct Log {
 
 impl Log {
     /// Reads the log of a directory.
-    pub fn read(content: &Content) -> Result<Log, FarmError> {
+    pub fn read(content: &Content) -> Result<Log, SnapshotError> {
         let path = content.log_path();
-        let bytes = fs::read(&path).map_err(|e| FarmError::file(&path, e))?;
+        let bytes = fs::read(&path).map_err(|e| SnapshotError::file(&path, e))?;
         if bytes.is_empty() {
             return Ok(Log { header: None, records: Vec::new() });
         }
         let header = LogHeader::decode(&bytes).map_err(|_| {
             let why = io::ErrorKind::UnexpectedEof.into();
-            FarmError::File { what: "failed to read log header".into(), why }
+            SnapshotError::File { what: "failed to read log header".into(), why }
         })?;
         if header.magic != MAGIC {
-            return Err(FarmError::Magic);
+            return Err(SnapshotError::Magic);
         }
         let records = bytes[LogHeader::LEN..].chunks_exact(Record::LEN).map(Record::get).collect();
         Ok(Log { header: Some(header), records })
     }
 
     /// Appends a snapshot, and the header before the first one.
-    pub fn append(&self, content: &Content, header: LogHeader, record: &Record) -> Result<(), FarmError> {
+    pub fn append(&self, content: &Content, header: LogHeader, record: &Record) -> Result<(), SnapshotError> {
         let path = content.log_path();
         let mut bytes = if self.header.is_none() { header.encode() } else { Vec::new() };
         bytes.extend(record.to_bytes());
         let file = fs::OpenOptions::new().append(true).open(&path);
-        file.and_then(|mut file| file.write_all(&bytes)).map_err(|e| FarmError::file(&path, e))
+        file.and_then(|mut file| file.write_all(&bytes)).map_err(|e| SnapshotError::file(&path, e))
     }
 }

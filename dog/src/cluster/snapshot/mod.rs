@@ -14,14 +14,14 @@ use crate::inode::InodeHeader;
 use crate::numbers::{ctime, parse_long};
 use crate::out::{self, text};
 
-use content::{Content, FarmError};
+use content::{Content, SnapshotError};
 use log::{Log, Record};
 
 pub use load::run as load;
 pub use save::run as save;
 
 /// Prints why, then the command's own line; the status is 2.
-fn failed(why: FarmError, line: impl std::fmt::Display) -> Stop {
+fn failed(why: SnapshotError, line: impl std::fmt::Display) -> Stop {
     why.report();
     fail(SYSTEM, line)
 }
@@ -63,12 +63,12 @@ pub async fn show(context: &Context) -> Outcome {
 }
 
 /// Opens a directory and finds the snapshot that a word names: by its index or by its tag.
-fn find(path: &[u8], word: &[u8]) -> Result<(Content, Log, Record), FarmError> {
+fn find(path: &[u8], word: &[u8]) -> Result<(Content, Log, Record), SnapshotError> {
     let content = Content::open(path)?;
     let log = Log::read(&content)?;
     let index = parse_long(word, 10).0;
     let found = log.records.iter().find(|r| i64::from(r.index) == index || cstr(&r.tag) == word);
-    let record = *found.ok_or(FarmError::Unknown)?;
+    let record = *found.ok_or(SnapshotError::Unknown)?;
     Ok((content, log, record))
 }
 

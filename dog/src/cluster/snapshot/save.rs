@@ -7,7 +7,7 @@ use futures_util::{StreamExt, stream};
 use sheepdog_proto::cluster::{CLUSTER_INFO_LEN, ClusterInfoHeader};
 use sheepdog_proto::{Flags, MAX_NAME_LEN, Oid, Opcode, Request, Wire, cstr, fixed_str};
 
-use super::content::{Content, FarmError, TrunkEntry};
+use super::content::{Content, SnapshotError, TrunkEntry};
 use super::log::{Log, LogHeader, Record};
 use super::{is_named, object_len};
 use crate::context::Context;
@@ -26,8 +26,8 @@ const READ_AHEAD: usize = 8;
 /// Why nothing was saved; the reason has been printed.
 struct NotSaved;
 
-impl From<FarmError> for NotSaved {
-    fn from(error: FarmError) -> NotSaved {
+impl From<SnapshotError> for NotSaved {
+    fn from(error: SnapshotError) -> NotSaved {
         error.report();
         NotSaved
     }

@@ -8,6 +8,7 @@
 mod out;
 
 mod args;
+mod benchmark;
 mod btree;
 mod cluster;
 mod commands;
@@ -25,10 +26,21 @@ mod session;
 mod start;
 mod sys;
 mod terminal;
+mod upgrade;
 mod vdi;
 mod walk;
 
+/// An internal failure ends the process as an abort of the original does, whatever thread it happens on.
+fn die_of_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        out::log(format_args!("PANIC: {info}"));
+        out::log("dog exits unexpectedly (Aborted).");
+        std::process::exit(2);
+    }));
+}
+
 fn main() {
+    die_of_panics();
     let words = std::env::args_os().map(args::to_text).collect();
     let status = start::run(words);
     out::flush();

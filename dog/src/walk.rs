@@ -38,6 +38,12 @@ pub async fn bitmap(session: &Session, opcode: Opcode) -> Result<Option<bytes::B
 
 /// All VDIs that are not deleted, in ascending order of their ids. Unreadable inodes are reported and skipped.
 pub async fn walk(session: &Session, part: Part) -> Result<impl Stream<Item = Inode> + Unpin + '_, Stop> {
+    let all = walk_all(session, part).await?;
+    Ok(all.filter(|inode| std::future::ready(!inode.header.is_deleted())))
+}
+
+/// As [`walk`], with inodes that were emptied but are not known as deleted.
+pub async fn walk_all(session: &Session, part: Part) -> Result<impl Stream<Item = Inode> + Unpin + '_, Stop> {
     let ids = used_ids(session).await?.unwrap_or_default();
     let inodes = stream::iter(ids)
         .map(move |vid| {
@@ -51,7 +57,7 @@ pub async fn walk(session: &Session, part: Part) -> Result<impl Stream<Item = In
 
 fn keep(inode: Result<Inode, ReadError>) -> Option<Inode> {
     match inode {
-        Ok(inode) => (!inode.header.is_deleted()).then_some(inode),
+        Ok(inode) => Some(inode),
         Err(e) => {
             e.report();
             out::log(match e {

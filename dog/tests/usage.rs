@@ -3,7 +3,13 @@
 
 mod common;
 
-use common::{Scenario, load, run_dog};
+use std::path::Path;
+
+use common::{Run, Scenario, load};
+
+fn run_dog(args: &[String], env: &[(String, String)], stdin: &[u8]) -> Run {
+    common::run(Path::new(env!("CARGO_BIN_EXE_dog")), args, env, stdin)
+}
 
 #[test]
 fn usage_options_and_statuses_are_those_captured() {
@@ -52,8 +58,10 @@ fn node_format_writes_a_padded_name_once() {
 }
 
 #[test]
-fn commands_of_later_releases_refuse_clearly() {
-    let run = run_dog(&["upgrade", "config-convert", "a", "b"].map(String::from), &[], b"");
-    assert_eq!((run.rc, run.stdout.as_slice()), (2, &b""[..]));
-    assert!(String::from_utf8_lossy(&run.stderr).contains("not supported"));
+fn nbd_serve_says_what_is_wrong_with_its_addresses() {
+    let bad = run_dog(&["nbd", "serve", "10809"].map(String::from), &[], b"");
+    let text = "invalid NBD address '10809': expected unix:PATH or tcp:HOST:PORT\n";
+    assert_eq!((bad.rc, String::from_utf8_lossy(&bad.stderr).as_ref()), (64, text));
+    let usage = run_dog(&["nbd", "serve", "-h"].map(String::from), &[], b"");
+    assert!(usage.stdout.starts_with(b"Usage: dog nbd serve ") && usage.rc == 0);
 }

@@ -21,10 +21,27 @@ const DEFAULT_STORE: &[u8] = b"plain";
 /// Room for the names of stores.
 const STORE_LIST_LEN: usize = 512;
 
+/// Redundancy and block size of VDIs that do not say; 0 = the daemons' defaults.
+pub struct Defaults {
+    /// Copies.
+    pub copies: u8,
+    /// Policy byte.
+    pub policy: u8,
+    /// log2 of the block size.
+    pub block_size_shift: u8,
+}
+
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
-    check_vnode_strategy(context).await?;
     let (copies, policy) = context.options.copies.unwrap_or((0, CopyPolicy::REPLICATED));
+    let block_size_shift = context.options.shift.unwrap_or(0);
+    format(context, &Defaults { copies, policy: policy.to_byte(), block_size_shift }).await
+}
+
+/// Formats the cluster, asking where that would destroy something.
+pub async fn format(context: &Context, defaults: &Defaults) -> Outcome {
+    check_vnode_strategy(context).await?;
+    let copies = defaults.copies;
     let zones = placement::ring(&context.cluster.nodes)?.nr_zones();
     if usize::from(copies) > zones {
         confirm(&format!(
@@ -37,8 +54,8 @@ pub async fn run(context: &Context) -> Outcome {
     out::write(&[b"using backend ", store, b" store\n"].concat());
     let body = ClusterRequest {
         copies,
-        copy_policy: policy.to_byte(),
-        block_size_shift: context.options.shift.unwrap_or(0),
+        copy_policy: defaults.policy,
+        block_size_shift: defaults.block_size_shift,
         ctime: now(),
         flags: cluster_flags(&context.options),
         ..ClusterRequest::zeroed()

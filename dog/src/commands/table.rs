@@ -5,8 +5,7 @@ use sheepdog_getopt::Opt;
 use super::{Command, Subcommand};
 use crate::args::{apply_benchmark, apply_cluster, apply_node, apply_nothing, apply_upgrade, apply_vdi};
 use crate::context::{Context, Handler, Running};
-use crate::exit::{Outcome, SYSTEM, fail};
-use crate::{cluster, nbd, nfs, node, vdi};
+use crate::{benchmark, cluster, nbd, nfs, node, upgrade, vdi};
 
 /// An async function as a handler.
 macro_rules! handler {
@@ -341,10 +340,10 @@ const CLUSTER: &[Subcommand] = &[
             None,
         ),
         &[
-            nested("save", BOTH, "save snapshot to localpath", handler!(cluster::snapshot::run)),
-            nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::run)),
-            nested("load", BOTH, "load snapshot from localpath", handler!(cluster::snapshot::run)),
-            nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::run)),
+            nested("save", BOTH, "save snapshot to localpath", handler!(cluster::snapshot::save)),
+            nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::list)),
+            nested("load", BOTH, "load snapshot from localpath", handler!(cluster::snapshot::load)),
+            nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::show)),
         ],
     ),
     with(
@@ -384,7 +383,7 @@ const UPGRADE: &[Subcommand] = &[
         "hTo",
         OPERAND,
         "upgrade inode object file",
-        handler!(not_supported),
+        handler!(upgrade::inode::run),
     ),
     row(
         "epoch-convert",
@@ -392,7 +391,7 @@ const UPGRADE: &[Subcommand] = &[
         "hTo",
         OPERAND,
         "upgrade epoch log file",
-        handler!(not_supported),
+        handler!(upgrade::epoch::run),
     ),
     row(
         "config-convert",
@@ -400,7 +399,7 @@ const UPGRADE: &[Subcommand] = &[
         "hT",
         OPERAND,
         "upgrade config file",
-        handler!(not_supported),
+        handler!(upgrade::config::run),
     ),
     row(
         "object-location",
@@ -408,23 +407,18 @@ const UPGRADE: &[Subcommand] = &[
         "hT",
         OPERAND,
         "print object location",
-        handler!(not_supported),
+        handler!(upgrade::object_location::run),
     ),
 ];
 
 const BENCHMARK: &[Subcommand] =
-    &[row("io", NAME, "aprhTfwtn", BOTH, "benchmark I/O performance", handler!(not_supported))];
+    &[row("io", NAME, "aprhTfwtn", BOTH, "benchmark I/O performance", handler!(benchmark::run))];
 
 const NBD: &[Subcommand] = &[row(
     "serve",
-    "<address:port or path>...",
+    "<unix:path|tcp:host:port> ...",
     "aph",
     OPERAND,
     "serve volumes to NBD clients",
     handler!(nbd::serve),
 )];
-
-/// Commands that this version does not have.
-async fn not_supported(_context: &Context) -> Outcome {
-    Err(fail(SYSTEM, "this command is not supported by this version of dog"))
-}

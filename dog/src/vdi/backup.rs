@@ -10,6 +10,7 @@ use crate::inode::{Inode, Part, open};
 use crate::objects::read;
 use crate::out::{self, errno_text};
 use crate::session::{Failed, Session};
+use crate::vdi::ahead;
 
 /// Version of the stream.
 pub const STREAM_VERSION: u32 = 1;
@@ -58,7 +59,7 @@ pub async fn run(context: &Context) -> Outcome {
     let changed = (0..to.header.nr_blocks()).filter(|index| from.map.get(*index) != to.map.get(*index));
     let mut records = stream::iter(changed)
         .map(|index| async move { compare(session, from, to, index).await.map_err(|e| (index, e)) })
-        .buffered(READ_AHEAD);
+        .buffered(ahead(READ_AHEAD, 2 * to.header.block_size()));
     while let Some(record) = records.next().await {
         match record {
             Ok(None) => {}

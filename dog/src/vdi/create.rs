@@ -15,13 +15,14 @@ use crate::objects::{Write, new_vdi};
 use crate::out::text;
 use crate::session::{Session, success};
 use crate::terminal::{Progress, Unit};
+use crate::vdi::ahead;
 
 /// Largest hypervolume, bytes.
 pub const MAX_HYPER_SIZE: u64 = 1 << 54;
 /// Block size of hypervolumes.
 const HYPER_SHIFT: u8 = 22;
 /// Objects created at the same time.
-pub const CREATE_AHEAD: usize = 8;
+const CREATE_AHEAD: usize = 8;
 
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
@@ -139,7 +140,7 @@ pub async fn fill(
         }
         Ok((index, true))
     };
-    let mut created = stream::iter(blocks).map(create).buffered(CREATE_AHEAD);
+    let mut created = stream::iter(blocks).map(create).buffered(ahead(CREATE_AHEAD, header.block_size()));
     let mut done = 0;
     progress.show(0);
     while let Some(result) = created.next().await {

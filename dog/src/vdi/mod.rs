@@ -64,6 +64,14 @@ fn pieces(range: Range<u64>, block_size: u64) -> impl Iterator<Item = Piece> {
     })
 }
 
+/// Bytes of blocks in flight of one command, at most; a single block may exceed it.
+const MAX_IN_FLIGHT: u64 = 64 << 20;
+
+/// How many blocks of the given size to work on at the same time, `most` if they are small.
+fn ahead(most: usize, block_size: u64) -> usize {
+    ((MAX_IN_FLIGHT / block_size) as usize).clamp(1, most)
+}
+
 /// The type column of listings: snapshot, clone that was never snapshotted, or `other`.
 fn kind(header: &InodeHeader, other: char) -> char {
     if header.is_snapshot() {

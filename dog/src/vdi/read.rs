@@ -11,7 +11,7 @@ use crate::inode::{Part, open};
 use crate::objects::{read, report_read};
 use crate::out::errno_text;
 use crate::vdi::stream::{Output, Writer};
-use crate::vdi::{pieces, range_operands};
+use crate::vdi::{ahead, pieces, range_operands};
 
 /// Objects read at the same time.
 const READ_AHEAD: usize = 8;
@@ -34,7 +34,7 @@ pub async fn run(context: &Context) -> Outcome {
             let data = read(session, oid, piece.offset, piece.length, Flags::NONE).await;
             data.map(Output::Data).map_err(|e| (oid, e))
         })
-        .buffered(READ_AHEAD);
+        .buffered(ahead(READ_AHEAD, inode.header.block_size()));
     let writer = Writer::start();
     let mut failure = None;
     while let Some(result) = data.next().await {

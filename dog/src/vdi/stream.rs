@@ -1,7 +1,7 @@
 //! Bulk data of `vdi read` and `vdi write` through stdin and stdout.
 //!
 //! Pipes are read and written by threads of their own, so that waiting for them never stops requests in flight.
-//! Both are bounded: at most [`QUEUE`] pieces wait between a thread and the requests.
+//! Both are bounded in the pieces that wait between a thread and the requests.
 
 use std::io::{self, Read};
 
@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::out;
 
-/// Pieces between a thread and the requests.
+/// Pieces between the requests and stdout.
 const QUEUE: usize = 4;
 
 /// Zeros written at once.
@@ -79,11 +79,12 @@ pub struct Input {
     pub last: bool,
 }
 
-/// Reads pieces of the given lengths from stdin; the end of the input ends the last one.
+/// Reads pieces of the given lengths from stdin, at most `queue` in advance; the end of the input ends the last one.
 pub fn read_pieces(
     lengths: impl Iterator<Item = usize> + Send + 'static,
+    queue: usize,
 ) -> mpsc::Receiver<io::Result<Input>> {
-    let (sender, pieces) = mpsc::channel(QUEUE);
+    let (sender, pieces) = mpsc::channel(queue);
     std::thread::spawn(move || {
         let mut stdin = io::stdin().lock();
         for length in lengths {

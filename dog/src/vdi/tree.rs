@@ -77,22 +77,17 @@ impl Forest {
         let parents = self.parents();
         let mut children: Vec<Vec<usize>> = vec![Vec::new(); count];
         let mut roots = Vec::new();
-        for at in 0..count {
-            match parents[at] {
-                Some(parent) if parent < at => children[parent].push(at),
+        for (at, parent) in parents.iter().enumerate() {
+            match parent {
+                Some(parent) if *parent < at => children[*parent].push(at),
                 Some(_) => {}
                 None => roots.push(at),
             }
         }
-        for at in 0..count {
-            if let Some(parent) = parents[at].filter(|parent| *parent >= at) {
-                // A VDI that is its own ancestor hangs nowhere; show it at the top rather than lose it.
-                if ancestors(&parents, at).any(|a| a == at) {
-                    roots.push(at)
-                } else {
-                    children[parent].push(at)
-                }
-            }
+        for (at, parent) in parents.iter().enumerate() {
+            let Some(parent) = parent.filter(|parent| *parent >= at) else { continue };
+            // A VDI that is its own ancestor hangs nowhere; show it at the top rather than lose it.
+            if ancestors(&parents, at).any(|a| a == at) { roots.push(at) } else { children[parent].push(at) }
         }
         let mut nodes: Vec<Option<Node>> = self.nodes.into_iter().map(|(node, _)| Some(node)).collect();
         roots.into_iter().filter_map(|at| take(at, &mut nodes, &children)).collect()

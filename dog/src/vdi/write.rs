@@ -15,7 +15,7 @@ use crate::objects::{Write, report_write};
 use crate::out::errno_text;
 use crate::session::{Failed, Session};
 use crate::vdi::stream::{Input, read_pieces};
-use crate::vdi::{Piece, pieces, range_operands};
+use crate::vdi::{Piece, ahead, pieces, range_operands};
 
 /// Objects written at the same time.
 const WRITE_AHEAD: usize = 8;
@@ -33,7 +33,8 @@ pub async fn run(context: &Context) -> Outcome {
     let range = range.start..range.end.min(size);
     let flags = if context.options.writeback { Flags::CACHE } else { Flags::NONE };
     let block_size = inode.header.block_size();
-    let input = read_pieces(pieces(range.clone(), block_size).map(|piece| piece.length));
+    let lengths = pieces(range.clone(), block_size).map(|piece| piece.length);
+    let input = read_pieces(lengths, ahead(WRITE_AHEAD / 2, block_size));
     let input = stream::unfold(input, |mut input| async { input.recv().await.map(|item| (item, input)) });
     let work = stream::iter(pieces(range, block_size)).zip(input);
     write_all(session, inode, work, flags).await
@@ -71,7 +72,7 @@ async fn write_all(
         let created = write_piece(session, before, piece, input, flags, hyper).await?;
         Ok::<_, Problem>(created.then_some(piece.index as u32))
     });
-    let mut written = std::pin::pin!(written.buffered(WRITE_AHEAD));
+    let mut written = std::pin::pin!(written.buffered(ahead(WRITE_AHEAD, inode.header.block_size())));
     while let Some(result) = written.next().await {
         match result {
             Ok(None) => {}

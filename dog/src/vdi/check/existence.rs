@@ -1,12 +1,11 @@
 //! `dog vdi check -e`: whether every node has what it should.
 
 use sheepdog_placement::Ring;
-use sheepdog_proto::{Flags, Oid, Opcode, Request, Wire};
+use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, Wire};
 
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, fail};
 use crate::inode::Inode;
-use crate::session::success;
 use crate::vdi::name_text;
 
 /// Asks every node for the objects it should have and lacks.
@@ -22,13 +21,18 @@ pub async fn check(context: &Context, ring: &Ring, inode: &Inode) -> Outcome {
     let mut lost = 0;
     for (node, oids) in nodes.iter().zip(expected) {
         let request = Request::new(Opcode::OIDS_EXIST).flag(Flags::WRITE.with(Flags::PIGGYBACK));
-        let reply = success(context.session.send(&node.nid, request, oids.into()).await).map_err(|e| {
-            let place = node.nid.host_port();
-            fail(FAILURE, format_args!("failed to check objects of {place}, {e}"))
-        })?;
+        let place = node.nid.host_port();
+        let failed = |why: &dyn std::fmt::Display| {
+            fail(FAILURE, format_args!("failed to check objects of {place}, {why}"))
+        };
+        let reply = context.session.send(&node.nid, request, oids.into()).await.map_err(|e| failed(&e))?;
+        // NO_OBJ means that at least one is missing; the payload names them.
+        if !matches!(reply.response.result, ResultCode::SUCCESS | ResultCode::NO_OBJ) {
+            return Err(failed(&reply.response.result));
+        }
         for missing in reply.data.chunks_exact(Oid::SIZE) {
             lost += 1;
-            out!("[{}] oid {} is missing.\n", node.nid.host_port(), Oid::get(missing));
+            out!("[{place}] oid {} is missing.\n", Oid::get(missing));
         }
     }
     let name = name_text(inode);

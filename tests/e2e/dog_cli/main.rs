@@ -1,0 +1,171 @@
+//! Captured runs of the original's `dog` (`dog-cli*.json`), replayed with our `dog` against our `sheep`.
+//!
+//! Each scenario runs in a network namespace of its own, because the captured placement depends on address and ports.
+//! That takes root, or a kernel that lets users make namespaces. The binaries are those next to the test, or `SHEEP`
+//! and `DOG` say where they are; build them first (`cargo build -p sheep -p dog`).
+
+#![allow(clippy::unwrap_used)] // the vectors are trusted
+
+#[path = "../../../dog/tests/common/mod.rs"]
+mod common;
+mod daemons;
+mod steps;
+mod terminal;
+
+use std::collections::{BTreeSet, HashMap};
+use std::process::Command;
+
+use common::{Scenario, load, output_key, stdin_of};
+use daemons::{Daemons, binary};
+use serde_json::Value;
+
+/// Set inside the namespace.
+const INSIDE: &str = "SHEEPDOG_TEST_IN_NAMESPACE";
+
+/// Runs a scenario in a namespace. `known` are ids of entries that do not pass yet; one that passes must leave the list.
+fn scenario(test: &str, file: &str, name: &str, known: &[u64]) {
+    if std::env::var_os(INSIDE).is_some() {
+        return replay(file, name, known);
+    }
+    let root = nix::unistd::geteuid().is_root();
+    let status = Command::new("unshare")
+        .args(if root { &["-n"][..] } else { &["-r", "-n"] })
+        .args(["sh", "-c", "ip link set lo up && exec \"$@\"", "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, "1")
+        .status()
+        .unwrap();
+    assert!(status.success(), "scenario {name} failed (above)");
+}
+
+fn replay(file: &str, name: &str, known: &[u64]) {
+    let vectors = load(file);
+    let all = vectors["vectors"].as_array().unwrap();
+    let entries: Vec<&Value> = all.iter().filter(|e| e["scenario"] == name).collect();
+    let stores = tempfile::tempdir().unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let replace =
+        vec![("<T>", scratch.path().display().to_string()), ("<C>", stores.path().display().to_string())];
+    let texts: Vec<&Value> = entries.iter().copied().filter(|e| e["argv"].is_array()).collect();
+    let scenario = Scenario::new(&texts, replace);
+    let mut daemons = Daemons::start(stores.path(), &vectors["clusters"][name]);
+    let mut runner = Replay::new(name);
+    for entry in entries {
+        runner.entry(&scenario, &mut daemons, entry);
+    }
+    runner.finish(known);
+}
+
+struct Replay<'a> {
+    name: &'a str,
+    outputs: HashMap<String, Vec<u8>>,
+    corrected: BTreeSet<u64>,
+    passed: usize,
+    failed: Vec<(u64, String)>,
+}
+
+impl Replay<'_> {
+    fn new(name: &str) -> Replay<'_> {
+        Replay { name, outputs: HashMap::new(), corrected: BTreeSet::new(), passed: 0, failed: Vec::new() }
+    }
+
+    fn entry(&mut self, scenario: &Scenario, daemons: &mut Daemons, entry: &Value) {
+        let id = entry["id"].as_u64().unwrap();
+        for field in ["before", "do"] {
+            self.steps(scenario, daemons, id, &entry[field]);
+        }
+        if entry["argv"].is_array() {
+            self.run(scenario, entry, id);
+        }
+        self.steps(scenario, daemons, id, &entry["after"]);
+    }
+
+    fn steps(&mut self, scenario: &Scenario, daemons: &mut Daemons, id: u64, list: &Value) {
+        for step in list.as_array().into_iter().flatten() {
+            if let Err(e) = steps::perform(scenario, daemons, step) {
+                self.failed.push((id, format!("step {step}: {e}")));
+            }
+        }
+    }
+
+    fn run(&mut self, scenario: &Scenario, entry: &Value, id: u64) {
+        let argv = scenario.argv(entry);
+        let (env, stdin) = (scenario.env(entry), stdin_of(entry, &self.outputs));
+        let defect_absent = entry["after_defect"].as_u64().is_some_and(|id| self.corrected.contains(&id));
+        let outcome = if !entry["tty"].is_null() {
+            let shown = terminal::run(&binary("dog"), &argv, &env, &stdin, &entry["tty"]);
+            terminal::compare(scenario, entry, &shown)
+        } else {
+            let run = common::run(&binary("dog"), &argv, &env, &stdin);
+            let outcome = if entry["setup"].as_bool() == Some(true) {
+                let expected = entry["rc"].as_i64();
+                let stderr = String::from_utf8_lossy(&run.stderr);
+                let problem = || format!("set-up {argv:?}: status {}, {stderr}", run.rc);
+                if expected == Some(run.rc.into()) { Ok(()) } else { Err(problem()) }
+            } else if defect_absent {
+                return;
+            } else {
+                if entry["corrected"].is_object() && scenario.passes_as_recorded(entry, &run).is_err() {
+                    self.corrected.insert(id);
+                }
+                scenario.passes(entry, &run)
+            };
+            self.outputs.insert(output_key(&argv), run.stdout);
+            outcome
+        };
+        match outcome {
+            Ok(()) => self.passed += 1,
+            Err(e) => self.failed.push((id, e)),
+        }
+    }
+
+    fn finish(self, known: &[u64]) {
+        let total = self.passed + self.failed.len();
+        println!("{}: {} of {total} entries pass", self.name, self.passed);
+        for (id, problem) in &self.failed {
+            println!("{} {id}: {problem}", self.name);
+        }
+        let failed: BTreeSet<u64> = self.failed.iter().map(|(id, _)| *id).collect();
+        let known: BTreeSet<u64> = known.iter().copied().collect();
+        assert_eq!(failed, known, "{}: entries that fail, and those known to", self.name);
+    }
+}
+
+macro_rules! scenarios {
+    ($($test:ident: $file:literal, $name:literal, $known:expr;)*) => {$(
+        #[test]
+        fn $test() {
+            scenario(stringify!($test), $file, $name, $known);
+        }
+    )*};
+}
+
+/// Every entry passes.
+const NONE: &[u64] = &[];
+/// Our daemons have no tree store: it is not listed (41, 42) and nothing is formatted with it.
+const TREE_STORE_LISTED: &[u64] = &[41, 42];
+const TREE_STORE_USED: &[u64] = &[8, 9, 12, 14];
+/// Disks cannot be plugged and unplugged yet.
+const PLUG: &[u64] = &[11, 12, 18, 21, 22, 25];
+/// No NFS server yet.
+const NFS: &[u64] = &[20];
+
+scenarios! {
+    format_and_sizes: "dog-cli.json", "format-and-sizes", TREE_STORE_LISTED;
+    vdi: "dog-cli.json", "vdi", NONE;
+    node: "dog-cli.json", "node", NONE;
+    lock: "dog-cli.json", "lock", NONE;
+    multi_disk: "dog-cli.json", "multi-disk", PLUG;
+    waiting: "dog-cli-2.json", "waiting", NONE;
+    few_nodes: "dog-cli-2.json", "few-nodes", NONE;
+    check_repair: "dog-cli-2.json", "check-repair", NONE;
+    backup: "dog-cli-2.json", "backup", NONE;
+    cluster_snapshots: "dog-cli-2.json", "farm", NONE;
+    misc: "dog-cli-2.json", "misc", NFS;
+    tty: "dog-cli-2.json", "tty", NONE;
+    format_options: "dog-cli-2.json", "format-options", TREE_STORE_USED;
+    track_few: "dog-cli-2.json", "track-few", NONE;
+    restore_no_parent: "dog-cli-2.json", "restore-no-parent", NONE;
+    tree_and_options: "dog-cli-2.json", "tree-and-options", NONE;
+}

@@ -145,7 +145,7 @@ async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), Resu
     // Writes that reach this replica while the copy is made would be undone by it: hold them back, from whatever
     // gateway they come, and let those in progress end. The source has them first, or they follow the copy.
     let _held = sheep.holds.hold(oid).await;
-    store.drain().await;
+    sheep.gate.drain().await;
     let reply = sheep.peers.call(&source, read, Bytes::new(), REPAIR_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     reply.response.result.ok()?;

@@ -132,7 +132,12 @@ impl FrameReader {
                     self.end += n;
                     return Ok(n);
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // The first wake-up of a connection is often for nothing.
+                    if self.start == self.end {
+                        self.buffer = None;
+                    }
+                }
                 Err(e) => return Err(e),
             }
         }

@@ -11,5 +11,6 @@ mod nbd;
 mod restart;
 mod safety;
 mod scenarios;
+mod stalls;
 mod vdi;
 mod wire;

@@ -21,7 +21,10 @@ fn a_cluster_without_synchronous_writes_flushes_every_node_when_asked() {
     let mut cluster = Builder::new(3).arg("-n").start();
     let mut client = cluster.client();
     let vid = client.create_vdi("a", 4 << 20).expect("create");
-    assert_eq!(client.create_obj(Oid::data(vid, 0), None, 0, &[7; 8192]).expect("create"), ResultCode::SUCCESS);
+    assert_eq!(
+        client.create_obj(Oid::data(vid, 0), None, 0, &[7; 8192]).expect("create"),
+        ResultCode::SUCCESS
+    );
     assert_eq!(flush(&mut cluster, vid), ResultCode::SUCCESS);
     // A member that does not answer cannot have flushed.
     cluster.kill9(2);

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod disks;
+mod durability;
 mod epochs;
 mod life;
 mod locks;
@@ -12,6 +13,7 @@ mod nbd;
 mod restart;
 mod safety;
 mod scenarios;
+mod stalls;
 mod tree;
 mod vdi;
 mod wire;

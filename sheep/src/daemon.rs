@@ -14,7 +14,7 @@ use crate::cluster::state::State;
 use crate::cluster::task::{Task, view_of};
 use crate::cluster::worker::{self, Worker};
 use crate::cluster::{ClusterHandle, handle::Command};
-use crate::disks::Disks;
+use crate::disks::{self, Disks};
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::history::History;
@@ -234,6 +234,7 @@ impl Parts {
         let Some(queues) = self.queues.lock().take() else { return };
         tokio::spawn(worker::run(sheep.clone(), self.worker.clone(), queues.work));
         tokio::spawn(reclaim::run(sheep.clone(), queues.references));
+        tokio::spawn(disks::watch(sheep.clone()));
         tokio::spawn(recovery::run(sheep.clone(), self.worker.clone(), queues.rounds));
     }
 }

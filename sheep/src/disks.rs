@@ -18,6 +18,8 @@ use sheepdog_store::{PlugError, Released, Store, Unplugged};
 use crate::cluster::handle::Command;
 use crate::sheep::Sheep;
 
+/// How often disks are looked at that nobody may be using.
+const WATCH: Duration = Duration::from_secs(5);
 /// Pause before files that could not be moved are tried again, first and longest.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -108,6 +110,18 @@ pub async fn unplug(sheep: &Arc<Sheep>, payload: &[u8]) -> ResultCode {
         tokio::spawn(tidy(sheep.clone()));
     }
     ResultCode::SUCCESS
+}
+
+/// Notices disks that vanish or become read-only while nobody uses them, for ever.
+pub async fn watch(sheep: Arc<Sheep>) {
+    let Some(store) = sheep.store.clone() else { return };
+    loop {
+        tokio::time::sleep(WATCH).await;
+        let store = store.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || store.check_disks()).await {
+            tracing::error!("looking at the disks failed: {error}");
+        }
+    }
 }
 
 /// Moves objects to the disks that they belong to, until all unplugged disks are let go.

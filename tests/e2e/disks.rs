@@ -218,6 +218,23 @@ fn objects_of_an_unreadable_disk_come_back_and_the_disk_may_be_plugged_again() {
     assert!(!cluster.nodes[1].log().contains("was removed before"));
 }
 
+#[test]
+fn a_disk_that_vanishes_from_an_idle_node_is_noticed_and_replaced() {
+    let mut cluster = Builder::new(2).disks(2).copies(2).start();
+    let vid = cluster.client().create_vdi("idle", 32 * BLOCK).expect("create");
+    let mut vdi = Vdi::open(&mut cluster.client(), vid).expect("open");
+    for block in 0..32 {
+        vdi.write(&mut cluster.client(), block * BLOCK, &[block as u8 + 1; 4096]).expect("write");
+    }
+    let lost = cluster.nodes[0].disks.remove(1);
+    assert!(!object_files(&lost).is_empty());
+    fs::remove_dir_all(&lost).expect("rm -rf");
+    wait("the loss to be noticed", || listed(&cluster, 0).len() == 1);
+    cluster.wait_recovered();
+    cluster.assert_replicas_equal(2);
+    assert_eq!(cluster.epoch(0), Some(1));
+}
+
 /// A disk that was plugged into the running node and is forgotten on the next command line: nothing on this node may
 /// claim to know what is missing, and after the restart everything comes back from the others.
 #[test]

@@ -397,11 +397,16 @@ impl Store {
                 drop(tx.send(disk.and_then(|d| run(inner, d))));
             });
             self.inner.submit(Claim::free(), Task::Exec(Exec { disk: Some(disk.id), run }), None);
-            pending.push(rx);
+            pending.push((disk.clone(), rx));
         }
         let mut results = Vec::new();
-        for rx in pending {
-            results.push(rx.await.unwrap_or(Err(StoreError::Closed)));
+        for (disk, rx) in pending {
+            let result = rx.await.unwrap_or(Err(StoreError::Closed));
+            let let_go = !disk.is_removed() && self.inner.disks().by_id(disk.id).is_none();
+            // An unplugged disk that was let go meanwhile has nothing more to do.
+            if result.is_ok() || !let_go {
+                results.push(result);
+            }
         }
         results.into_iter().collect()
     }

@@ -9,6 +9,7 @@ use sheepdog_store::{DiskFailure, Layout, MetaDir, MetaError, ScanReport, Store,
 use thiserror::Error;
 
 use crate::cluster::state::{Startup, State};
+use crate::shell::localtime::LocalTime;
 use crate::shell::options::Options;
 
 /// Why a daemon does not start. Each displays as the line to log; nothing was changed.
@@ -50,10 +51,24 @@ pub struct OpenStore {
     pub incomplete: bool,
 }
 
+/// Suffix of backups: local time as `YYYY-MM-DD_HHMMSS`.
+fn backup_stamp() -> String {
+    let t = LocalTime::at(std::time::SystemTime::now());
+    format!("{:04}-{:02}-{:02}_{:02}{:02}{:02}", t.year, t.month, t.day, t.hour, t.minute, t.second)
+}
+
 /// Reads and checks the configuration; an older or newer store is refused before anything is touched.
 pub fn configuration(meta: &MetaDir, options: &Options) -> Result<StoreConfig, StartError> {
-    let mut config = meta.read_config()?;
     let auto = options.vnodes.is_none();
+    if options.upgrade && meta.upgrade(&backup_stamp(), auto)? {
+        tracing::info!("the store of release 0.9 is now one of this release; backups are beside its files");
+    }
+    let mut config = meta.read_config().map_err(|error| match error {
+        MetaError::Version(_) if !options.upgrade => {
+            StartError::Other(format!("{error}\nuse '-u' option to upgrade sheep store"))
+        }
+        error => error.into(),
+    })?;
     if config.ctime > 0 && !options.gateway && config.flags.contains(ClusterFlags::AUTO_VNODES) != auto {
         return Err(StartError::VnodesStrategy);
     }

@@ -41,6 +41,7 @@ mod stale;
 mod store;
 mod sys;
 mod trim;
+mod upgrade;
 mod worker;
 
 pub use error::StoreError;

@@ -155,9 +155,14 @@ impl Disk {
         let dirs = std::mem::take(&mut *self.dirty_dirs.lock());
         let mut result = Ok(());
         for dir in dirs {
-            if let Err(e) = sync_dir(&dir) {
-                self.mark_dirty(dir);
-                result = Err(e);
+            match sync_dir(&dir) {
+                Ok(()) => {}
+                // A format with another layout deleted it; a disk that is gone as a whole is another matter.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && self.path.is_dir() => {}
+                Err(e) => {
+                    self.mark_dirty(dir);
+                    result = Err(e);
+                }
             }
         }
         result

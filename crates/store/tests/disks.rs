@@ -363,6 +363,12 @@ async fn a_format_chooses_the_layout_and_flat_objects_of_a_tree_are_moved_into_i
     store.format(Layout::Tree).await.expect("format");
     assert_eq!((store.layout(), store.working().len()), (Layout::Tree, 0));
     fill(&store, 3).await;
+    // Directories of a layout that is gone owe no sync to anybody.
+    store.remove(object(0)).await.expect("remove");
+    store.format(Layout::Plain).await.expect("format");
+    store.sync_dirs().await.expect("sync");
+    store.format(Layout::Tree).await.expect("format");
+    fill(&store, 3).await;
     let inode = Replica::whole(Oid::inode(VdiId::new(0x20609)));
     store.create(inode, SIZE, 0, filled(4096, 1)).await.expect("create");
     let (disk, name) = (dir.disk(0), object(1).to_string());

@@ -366,7 +366,7 @@ pub async fn epoch_log(sheep: &Arc<Sheep>, epoch: sheepdog_proto::Epoch) -> Opti
         else {
             continue;
         };
-        if let Err(error) = tokio::task::block_in_place(|| sheep.meta.write_epoch(epoch, &log)) {
+        if let Err(error) = tokio::task::block_in_place(|| sheep.meta.keep_epoch(epoch, &log)) {
             tracing::warn!("cannot keep the log of epoch {epoch}: {error}");
         }
         return Some(log);

@@ -12,4 +12,5 @@ mod restart;
 mod safety;
 mod scenarios;
 mod vdi;
+mod vdi_model;
 mod wire;

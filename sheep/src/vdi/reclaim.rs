@@ -13,8 +13,8 @@ use crate::sheep::Sheep;
 
 /// References waiting to be dropped; whoever adds more waits.
 const QUEUE: usize = 64 << 10;
-/// Drops in progress at once.
-const WORKERS: usize = 8;
+/// Drops in progress at once; one whose ledgers disagree waits for seconds.
+const WORKERS: usize = 16;
 
 /// A reference that a table entry held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +57,11 @@ impl Reclaim {
         (Reclaim { queue, ledgers: Mutex::new(()) }, receiver)
     }
 
+    /// Whether no reference waits to be dropped.
+    pub fn is_idle(&self) -> bool {
+        self.queue.capacity() == self.queue.max_capacity()
+    }
+
     /// Adds a reference; waits while the queue is full.
     pub async fn enqueue(&self, reference: Pending) {
         // The receiver ends only with the process.
@@ -64,8 +69,9 @@ impl Reclaim {
     }
 }
 
-/// Works the queue off, for ever.
+/// Works the queue off and looks for what dropped references cannot free, for ever.
 pub async fn run(sheep: Arc<Sheep>, receiver: mpsc::Receiver<Pending>) {
+    tokio::spawn(super::orphans::run(sheep.clone()));
     let receiver = Arc::new(Mutex::new(receiver));
     for _ in 0..WORKERS {
         let (sheep, receiver) = (sheep.clone(), receiver.clone());

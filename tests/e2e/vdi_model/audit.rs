@@ -108,6 +108,16 @@ pub fn assert_exact(cluster: &mut Cluster, blocks: usize, leaks: bool) {
     });
 }
 
+/// Data objects that inodes name, and their ledgers where the inodes ask for one.
+pub fn referenced(cluster: &mut Cluster, blocks: usize) -> BTreeSet<Oid> {
+    let references = references(&mut cluster.client(), blocks);
+    let ledgers = expected(&references).into_iter();
+    ledgers
+        .flat_map(|(oid, slots)| [Some(oid), (slots != [1]).then(|| Oid::ledger_of(oid))])
+        .flatten()
+        .collect()
+}
+
 /// Waits until no node holds anything but emptied inodes.
 pub fn assert_empty(cluster: &Cluster) {
     let left = || {

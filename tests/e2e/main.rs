@@ -12,5 +12,8 @@ mod restart;
 mod safety;
 mod scenarios;
 mod vdi;
+mod vdi_load;
 mod vdi_model;
+mod vdi_safety;
+mod vdi_vectors;
 mod wire;

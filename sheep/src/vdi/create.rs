@@ -16,7 +16,7 @@ use sheepdog_proto::{
 };
 
 use super::lookup::{Found, Query, lookup};
-use super::objects::{Inode, create_inode, read_inode};
+use super::objects::{Inode, create_inode, read_inode, read_lookup_header};
 use crate::gateway::map;
 use crate::sheep::Sheep;
 use crate::view::View;
@@ -200,7 +200,10 @@ async fn snapshot(
     working: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    read_base(sheep, working).await?;
+    let header = read_lookup_header(sheep, working).await.map_err(|_| ResultCode::BASE_VDI_READ)?;
+    if header.store_policy == STORE_POLICY_BTREE {
+        return Err(ResultCode::NO_SUPPORT);
+    }
     announce(sheep, working, vid, params).await?;
     // Only now the table is final: from the announcement on, new entries of the old vid are refused.
     map::settle_snapshot(sheep, working).await;

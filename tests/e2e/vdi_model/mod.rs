@@ -3,7 +3,7 @@
 //!
 //! `SHEEPDOG_MODEL_STEPS` sets the length (`scripts/torture` sets thousands), `SHEEPDOG_MODEL_SEED` the sequence.
 
-mod audit;
+pub mod audit;
 mod model;
 mod run;
 

@@ -97,6 +97,7 @@ async fn count(
 ) -> Result<(), Failure> {
     let states = states(sheep, view, drop, copies, COMPARED).await?;
     if states.iter().any(|(_, ledger)| *ledger != states[0].1) {
+        tracing::debug!("{} (drop of {}, {}): {states:?}", drop.oid, drop.generation, drop.count);
         return disagree(sheep, view, drop, copies, progress).await;
     }
     let request = Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
@@ -132,7 +133,7 @@ async fn disagree(
         let states = states(sheep, view, drop, copies, LEDGER_LEN).await?;
         let seen = |ledger: &Option<Ledger>| ledger.clone().unwrap_or_else(Ledger::absent);
         let source = states.iter().map(|(_, ledger)| seen(ledger)).min_by(|a, b| compare(a, b));
-        tracing::warn!("{}: homes keep different counts, making them equal", drop.oid);
+        tracing::warn!("{}: homes keep different counts, making them equal: {states:?}", drop.oid);
         level(sheep, view, drop, copies, &states, source).await?;
         progress.lock().disagree_since = None;
     }

@@ -8,6 +8,7 @@ use sheepdog_store::{MetaDir, Replica, Store};
 use tokio::sync::{Notify, watch};
 
 use crate::cluster::ClusterHandle;
+use crate::disks::Disks;
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::gateway::object::is_coded;
@@ -45,6 +46,8 @@ pub struct Sheep {
     pub holds: Holds,
     /// Since when this store knows what it had.
     pub history: History,
+    /// The changing of this node's disks.
+    pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.
     pub tables: watch::Sender<bool>,
     /// Counters.
@@ -91,9 +94,14 @@ impl Sheep {
         InProgress(self.clone())
     }
 
+    /// Whether the VDI tables of the others have arrived.
+    pub fn tables_are_here(&self) -> bool {
+        *self.tables.borrow()
+    }
+
     /// Waits until the VDI tables of the others have arrived: before that, copies, sizes and snapshots may be unknown.
     pub async fn tables_arrived(&self) {
-        if !*self.tables.borrow() {
+        if !self.tables_are_here() {
             // The sender lives in self.
             let _ = self.tables.subscribe().wait_for(|arrived| *arrived).await;
         }

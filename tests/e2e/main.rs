@@ -4,6 +4,8 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod disks;
+mod durability;
 mod epochs;
 mod life;
 mod locks;
@@ -11,6 +13,8 @@ mod nbd;
 mod restart;
 mod safety;
 mod scenarios;
+mod stalls;
+mod tree;
 mod vdi;
 mod vdi_load;
 mod vdi_model;

@@ -42,11 +42,11 @@ impl Inner {
     /// Maps an I/O error on an object of `disk`; takes the disk out of service if the disk is to blame.
     pub(crate) fn fault(self: &Arc<Inner>, disk: &Arc<Disk>, oid: Oid, e: &io::Error) -> StoreError {
         match fault_of(e) {
-            Fault::Absent if disk.path.is_dir() => StoreError::NoObject,
-            Fault::Absent => {
+            Fault::Absent | Fault::Medium | Fault::Object if !disk.path.is_dir() => {
                 tracing::error!("{} corrupted", disk.path.display());
                 self.disk_failed(disk)
             }
+            Fault::Absent => StoreError::NoObject,
             Fault::Full => {
                 tracing::error!("diskfull, oid={oid}");
                 StoreError::NoSpace

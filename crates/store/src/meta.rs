@@ -41,6 +41,9 @@ pub enum MetaError {
     /// `config` was written by another release.
     #[error("This sheep version is not compatible with the existing data layout, {0}")]
     Version(u16),
+    /// An older or newer store that cannot be taken over; the text says why.
+    #[error("{0}")]
+    Upgrade(String),
     /// The store was formatted with disk vnodes.
     #[error("this store was made by a sheep built with disk vnodes, whose format is not supported")]
     DiskMode,

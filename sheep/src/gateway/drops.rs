@@ -132,7 +132,7 @@ async fn disagree(
         // difference has seen more.
         let states = states(sheep, view, drop, copies, LEDGER_LEN).await?;
         let seen = |ledger: &Option<Ledger>| ledger.clone().unwrap_or_else(Ledger::absent);
-        let source = states.iter().map(|(_, ledger)| seen(ledger)).min_by(|a, b| compare(a, b));
+        let source = states.iter().map(|(_, ledger)| seen(ledger)).min_by(compare);
         tracing::warn!("{}: homes keep different counts, making them equal: {states:?}", drop.oid);
         level(sheep, view, drop, copies, &states, source).await?;
         progress.lock().disagree_since = None;

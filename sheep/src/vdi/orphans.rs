@@ -6,6 +6,7 @@
 //! still stores of them is garbage. The links are those of the inodes, which stay for ever (spec 05, section 2), and
 //! those of the VDI table; anything that cannot be read for certain keeps the family.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,15 +97,16 @@ async fn dead(
     let mut links = Vec::new();
     for (vid, in_table) in sheep.vdis.parents() {
         links.push((vid, in_table));
-        if !parents.contains_key(&vid) {
-            match read_lookup_header(sheep, vid).await {
-                Ok(header) => drop(parents.insert(vid, header.parent_vdi_id)),
+        let parent = match parents.entry(vid) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(unknown) => match read_lookup_header(sheep, vid).await {
+                Ok(header) => *unknown.insert(header.parent_vdi_id),
                 // Announced and never created: it names nothing.
                 Err(ResultCode::NO_OBJ) => continue,
                 Err(code) => return Err(code),
-            }
-        }
-        links.extend(parents.get(&vid).map(|parent| (vid, *parent)));
+            },
+        };
+        links.push((vid, parent));
     }
     let mut dead = BTreeSet::new();
     for family in families(&links).into_iter().filter(|f| f.iter().any(|v| vids.contains(v))) {

@@ -151,10 +151,11 @@ pub async fn settle_updates(sheep: &Arc<Sheep>, vid: VdiId) {
     settle(sheep, vid, |_| true).await;
 }
 
-/// Asks every member by a write of nothing to a data object, which waits for table updates in progress. An answer counts
+/// Asks every member by a write of nothing to an object that cannot exist, which waits for table updates in progress. An answer counts
 /// if it is `done`; a member that gives none in time is left out: it is about to leave.
 async fn settle(sheep: &Arc<Sheep>, vid: VdiId, done: fn(ResultCode) -> bool) {
-    let body = ObjRequest { oid: Oid::data(vid, 0), ..ObjRequest::zeroed() };
+    // Behind every table: a write to an object that is just being removed would bring it back.
+    let body = ObjRequest { oid: Oid::data(vid, u32::MAX), ..ObjRequest::zeroed() };
     let probe = Request::new(Opcode::WRITE_OBJ).flag(Flags::WRITE).with_obj(body);
     let view = sheep.views.load();
     let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);

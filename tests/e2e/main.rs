@@ -16,4 +16,8 @@ mod scenarios;
 mod stalls;
 mod tree;
 mod vdi;
+mod vdi_load;
+mod vdi_model;
+mod vdi_safety;
+mod vdi_vectors;
 mod wire;

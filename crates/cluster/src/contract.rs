@@ -63,7 +63,12 @@ pub enum Event {
         /// Members with the new record.
         members: Vec<NodeRecord>,
     },
-    /// The session was lost; the daemon joins again (ZooKeeper only).
+    /// `true`: this node may soon be thrown out without noticing, because the membership service has not confirmed its
+    /// session for 2/3 of the session timeout. No write may be acknowledged until `false`, or until the next
+    /// [`Event::Accept`] of this node after a [`Event::Reconnect`], which ends the suspension as well (ZooKeeper only).
+    Suspended(bool),
+    /// The session was lost, nothing asked for before will be announced any more; the daemon joins again. Until then
+    /// every other request is refused (ZooKeeper only).
     Reconnect,
     /// The driver cannot go on: the daemon ends with status 1 and this text.
     Failed(String),
@@ -209,6 +214,42 @@ pub enum DriverError {
     /// Unblock without having the mutex.
     #[error("the cluster is not blocked by this node")]
     NotBlocked,
+    /// `-c zookeeper` without an address.
+    #[error("You must specify zookeeper servers.")]
+    NoServers,
+    /// `timeout=` without a number of milliseconds.
+    #[error("Invalid parameter for timeout")]
+    BadTimeout,
+    /// No server of the ensemble answered.
+    #[error("failed to connect to zk server {hosts} after {retries} retries")]
+    Unreachable {
+        /// The addresses tried.
+        hosts: String,
+        /// How often, 100 ms apart.
+        retries: u128,
+    },
+    /// The ensemble answered something unexpected.
+    #[error("zk server {hosts}: {reason}")]
+    Ensemble {
+        /// The addresses.
+        hosts: String,
+        /// The answer.
+        reason: String,
+    },
+    /// Somebody is registered under this address, longer than a dead predecessor could be.
+    #[error(
+        "Previous zookeeper session exist, shoot myself. Please wait for {0} seconds to join me again."
+    )]
+    PreviousSession(u64),
+    /// The session ended before the request was in the history, or while nobody can tell.
+    #[error("the session with the membership service was lost")]
+    SessionLost,
+    /// This node has no address to advertise.
+    #[error("no valid interface found")]
+    NoInterface,
+    /// The driver's thread cannot start.
+    #[error("cannot start the cluster driver: {0}")]
+    Start(std::io::Error),
     /// The driver ended before.
     #[error("the cluster driver has stopped")]
     Stopped,

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::local::{DEFAULT_PATH, LocalDriver};
+use crate::zookeeper::{self, ZookeeperDriver};
 use crate::{Driver, DriverError, Event};
 
 /// All driver names in the order in which version and error texts print them.
 pub const DRIVER_NAMES: [&str; 3] = ["zookeeper", "corosync", "local"];
 
 /// The drivers this version contains, in the same order.
-pub const BUILT_DRIVER_NAMES: [&str; 1] = ["local"];
+pub const BUILT_DRIVER_NAMES: [&str; 2] = ["zookeeper", "local"];
 
 /// The driver used without `-c`: the original prefers corosync where it is built in, else local.
 pub const DEFAULT_DRIVER: &str = "local";
@@ -40,6 +41,15 @@ pub fn select(spec: &str) -> Result<Selection<'_>, DriverError> {
         .ok_or_else(|| DriverError::UnknownDriver(spec.to_owned()))
 }
 
+/// The same, and the option is checked as far as that is possible without using it.
+pub fn check(spec: &str) -> Result<Selection<'_>, DriverError> {
+    let selection = select(spec)?;
+    if selection.name == "zookeeper" {
+        zookeeper::check_option(selection.option)?;
+    }
+    Ok(selection)
+}
+
 /// Starts the driver of `spec`. The process identity must be final: call it after daemonising, from a process that
 /// called [`crate::block_event_signal`] before it had threads.
 pub fn open(spec: &str) -> Result<(Arc<dyn Driver>, UnboundedReceiver<Event>), DriverError> {
@@ -52,6 +62,10 @@ pub fn open(spec: &str) -> Result<(Arc<dyn Driver>, UnboundedReceiver<Event>), D
                 return Err(DriverError::BadOption { driver: "local", reason });
             }
             let (driver, events) = LocalDriver::open(Path::new(path))?;
+            Ok((Arc::new(driver), events))
+        }
+        "zookeeper" => {
+            let (driver, events) = ZookeeperDriver::open(selection.option)?;
             Ok((Arc::new(driver), events))
         }
         name => Err(DriverError::NotBuilt(name)),
@@ -86,12 +100,13 @@ mod tests {
         let text = |spec| open(spec).err().map(|e| e.to_string());
         assert_eq!(text("nosuch:x").as_deref(), Some("Invalid cluster driver 'nosuch:x'"));
         assert_eq!(
-            text("zookeeper:h:1").as_deref(),
-            Some("cluster driver 'zookeeper' is not built in this version")
+            text("corosync").as_deref(),
+            Some("cluster driver 'corosync' is not built in this version")
         );
         assert_eq!(
             text("local:").as_deref(),
             Some("invalid option of cluster driver 'local': the path of the queue file is empty")
         );
+        assert_eq!(text("zookeeper").as_deref(), Some("You must specify zookeeper servers."));
     }
 }

@@ -50,7 +50,9 @@ fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Erro
         loop {
             tokio::select! {
                 event = events.recv() => match event {
-                    Some(event) => member.show(event),
+                    Some(event) => if member.show(event) {
+                        member.obey(&*driver, "join").await;
+                    },
                     None => return,
                 },
                 line = commands.recv() => match line.as_deref() {
@@ -82,7 +84,8 @@ struct Member {
 }
 
 impl Member {
-    fn show(&mut self, event: Event) {
+    /// Prints the event and answers it; `true` = the session was lost, join again.
+    fn show(&mut self, event: Event) -> bool {
         match event {
             Event::Join { node, members, answer, .. } => {
                 say(&format!("join {:?} members={}", node.nid, list(&members)));
@@ -115,9 +118,15 @@ impl Member {
                 let listed = members.iter().find(|n| n.nid == node.nid).map_or(0, |n| n.nr_vnodes);
                 say(&format!("update {:?} vnodes={} listed={listed}", node.nid, node.nr_vnodes));
             }
-            Event::Reconnect => say("reconnect"),
+            Event::Suspended(suspended) => say(&format!("suspended {suspended}")),
+            Event::Reconnect => {
+                self.wanted = 0;
+                say("reconnect");
+                return true;
+            }
             Event::Failed(text) => say(&format!("failed {text}")),
         }
+        false
     }
 
     async fn obey(&mut self, driver: &dyn Driver, line: &str) {

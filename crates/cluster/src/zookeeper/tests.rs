@@ -40,6 +40,11 @@ fn zero_scratch(bytes: &mut [u8]) {
     bytes[16..56].fill(0);
     bytes[56..80].fill(0);
     let head = EntryHead::decode(bytes).expect("a head");
+    if head.kind == Kind::Leave as u32 {
+        // Written by a watcher, padding is as undefined as most fields.
+        bytes[122..124].fill(0);
+        bytes[136..144].fill(0);
+    }
     if head.msg_len > 0 {
         for node in bytes[168 + 48..168 + CLUSTER_INFO_LEN].chunks_exact_mut(80) {
             node[..24].fill(0);

@@ -101,6 +101,7 @@ pub static TABLE: &[Row] = &[
     row(Opcode::DISABLE_RECOVER, Cluster(None, Some(main::disable_recover))).logged(),
     row(Opcode::GET_VDI_COPIES, Local(vdis::get_vdi_copies)).force(),
     row(Opcode::COMPLETE_RECOVERY, Cluster(None, Some(main::complete_recovery))).force(),
+    row(Opcode::FLUSH_PEER, Local(objects::flush_peer)),
     row(Opcode::NOTIFY_VDI_ADD, Cluster(None, Some(main::notify_vdi_add))).force(),
     row(Opcode::DELETE_CACHE, Cluster(None, Some(main::delete_cache))),
     row(Opcode::MD_INFO, Local(node::md_info)),

@@ -53,6 +53,19 @@ impl Gate {
         let _ = open.drained.await;
     }
 
+    /// Waits until everybody who is in now is out; others may come in meanwhile.
+    pub async fn drain(&self) {
+        let (sender, drained) = oneshot::channel();
+        let old = {
+            let mut open = self.open.lock();
+            let Some(current) = open.as_mut() else { return };
+            let fresh = Open { epoch: current.epoch, token: Arc::new(Token(Some(sender))), drained };
+            std::mem::replace(current, fresh)
+        };
+        drop(old.token);
+        let _ = old.drained.await;
+    }
+
     /// Lets writes of `epoch` in.
     pub fn open(&self, epoch: Epoch) {
         let (sender, drained) = oneshot::channel();
@@ -82,6 +95,15 @@ mod tests {
         drop(pass);
         closing.await.expect("closed");
         gate.open(Epoch(2));
-        assert!(gate.enter(Epoch(2)).is_some());
+        let pass = gate.enter(Epoch(2)).expect("open");
+        let draining = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.drain().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(gate.enter(Epoch(2)).is_some(), "others come in meanwhile");
+        assert!(!draining.is_finished());
+        drop(pass);
+        draining.await.expect("drained");
     }
 }

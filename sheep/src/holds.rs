@@ -54,6 +54,16 @@ impl Holds {
         }
     }
 
+    /// Whether this object is held.
+    pub fn is_held(&self, oid: Oid) -> bool {
+        !self.is_free() && self.shared.held.lock().contains_key(&oid)
+    }
+
+    /// Whether nothing is held.
+    pub fn is_free(&self) -> bool {
+        self.shared.count.load(Ordering::Acquire) == 0
+    }
+
     /// Waits until nobody holds the object.
     pub async fn released(&self, oid: Oid) {
         while self.shared.count.load(Ordering::Acquire) > 0 {

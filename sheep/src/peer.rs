@@ -64,9 +64,13 @@ async fn admit_write(
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit(sheep, request, oid).await?;
-        sheep.holds.released(oid).await;
         match sheep.gate.enter(request.epoch) {
-            Some(pass) => return Ok((view, pass)),
+            // In this order: whoever holds an object waits for the passes given out before.
+            Some(pass) if !sheep.holds.is_held(oid) => return Ok((view, pass)),
+            Some(pass) => {
+                drop(pass);
+                sheep.holds.released(oid).await;
+            }
             // The gate closes shortly before the view changes.
             None => {
                 sheep.views.changed_from(&view).await;
@@ -86,6 +90,38 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Re
         _ => Err(ResultCode::INVALID_PARMS),
     };
     failed(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
+}
+
+/// A write that needs no waiting goes to the store at once, and `done` gets its answer on the store's thread: no task,
+/// no wake-up in between. Anything else is given back.
+pub fn try_write<F>(sheep: &Arc<Sheep>, request: &Request, payload: Bytes, done: F) -> Result<(), (Bytes, F)>
+where
+    F: FnOnce(Reply) + Send + 'static,
+{
+    let body = request.obj();
+    let view = sheep.views.load();
+    let plain = request.flags.contains(Flags::WRITE)
+        && view.status == ClusterStatus::Ok
+        && request.epoch == view.epoch
+        && sheep.recovery.is_idle()
+        && sheep.tables_are_here();
+    let Some(store) = sheep.store.as_ref().filter(|_| plain) else { return Err((payload, done)) };
+    let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
+    if check_range(body.offset.into(), payload.len() as u64, size).is_err() {
+        return Err((payload, done));
+    }
+    let Some(pass) = sheep.gate.enter(request.epoch).filter(|_| sheep.holds.is_free()) else {
+        return Err((payload, done));
+    };
+    let (sheep, request) = (sheep.clone(), *request);
+    let finish = move |result: Result<(), StoreError>| {
+        drop(pass);
+        let _active = sheep.stats.peer(&request);
+        let code = result.err().map_or(ResultCode::SUCCESS, |e| crate::faults::peer_result(&sheep, &e));
+        done(failed(&request, code));
+    };
+    store.write_with(replica, size, body.offset.into(), payload, Box::new(finish));
+    Ok(())
 }
 
 /// The range of a request inside its object, or why it is refused.

@@ -206,11 +206,18 @@ impl Connection {
         {
             return self.answer(&request, reply, (share, progress), more);
         }
+        let answering = self.clone();
+        let done = move |reply| answering.answer(&request, reply, (share, progress), more);
+        let direct = request.opcode == Opcode::WRITE_PEER && request.version == INTERNAL_PROTO_VERSION;
+        let (payload, done) = match direct && !self.writer.is_reset() {
+            true => match peer::try_write(sheep, &request, payload, done) {
+                Ok(()) => return,
+                Err(given_back) => given_back,
+            },
+            false => (payload, done),
+        };
         let connection = self.clone();
-        tokio::spawn(async move {
-            let reply = connection.execute(request, payload, row).await;
-            connection.answer(&request, reply, (share, progress), false);
-        });
+        tokio::spawn(async move { done(connection.execute(request, payload, row).await) });
     }
 
     /// The checks of spec 01, 6.1, in their order, then the operation.

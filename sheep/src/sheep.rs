@@ -91,9 +91,14 @@ impl Sheep {
         InProgress(self.clone())
     }
 
+    /// Whether the VDI tables of the others have arrived.
+    pub fn tables_are_here(&self) -> bool {
+        *self.tables.borrow()
+    }
+
     /// Waits until the VDI tables of the others have arrived: before that, copies, sizes and snapshots may be unknown.
     pub async fn tables_arrived(&self) {
-        if !*self.tables.borrow() {
+        if !self.tables_are_here() {
             // The sender lives in self.
             let _ = self.tables.subscribe().wait_for(|arrived| *arrived).await;
         }

@@ -4,6 +4,7 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod durability;
 mod epochs;
 mod life;
 mod locks;
@@ -11,5 +12,6 @@ mod nbd;
 mod restart;
 mod safety;
 mod scenarios;
+mod stalls;
 mod vdi;
 mod wire;

@@ -55,12 +55,18 @@ pub fn checkpoint<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxF
     })
 }
 
-fn vdi_reply(request: &Request, outcome: Result<VdiResponse, ResultCode>) -> Reply {
-    let mut reply = result(request, outcome.err().unwrap_or(ResultCode::SUCCESS));
-    if let Ok(body) = outcome {
-        reply.response = reply.response.with_vdi(body);
-    }
+fn vdi_answer(request: &Request, (code, body): (ResultCode, VdiResponse)) -> Reply {
+    let mut reply = result(request, code);
+    reply.response = reply.response.with_vdi(body);
     reply
+}
+
+fn vdi_reply(request: &Request, outcome: Result<VdiResponse, ResultCode>) -> Reply {
+    let answer = match outcome {
+        Ok(body) => (ResultCode::SUCCESS, body),
+        Err(code) => (code, VdiResponse::zeroed()),
+    };
+    vdi_answer(request, answer)
 }
 
 async fn find(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<VdiResponse, ResultCode> {
@@ -102,7 +108,7 @@ pub fn release_vdi<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFutu
 
 /// NEW_VDI, work part.
 pub fn new_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { vdi_reply(&request, create::new_vdi(sheep, &request, &payload).await) })
+    Box::pin(async move { vdi_answer(&request, create::new_vdi(sheep, &request, &payload).await) })
 }
 
 /// DEL_VDI, work part.
@@ -112,5 +118,5 @@ pub fn del_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> B
 
 /// GET_VDI_ATTR, work part.
 pub fn get_vdi_attr<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { vdi_reply(&request, attr::get_vdi_attr(sheep, &request, &payload).await) })
+    Box::pin(async move { vdi_answer(&request, attr::get_vdi_attr(sheep, &request, &payload).await) })
 }

@@ -16,16 +16,34 @@ const MAX_PROBES: u32 = 1024;
 /// Offset of `ctime` in a record.
 const CTIME_AT: usize = 512;
 
-/// Work part of GET_VDI_ATTR.
+/// Work part of GET_VDI_ATTR: the result, and the attribute's place once it is known, with errors, too.
 pub async fn get_vdi_attr(
     sheep: &Arc<Sheep>,
     request: &Request,
     payload: &[u8],
-) -> Result<VdiResponse, ResultCode> {
+) -> (ResultCode, VdiResponse) {
     if payload.len() != ATTR_LEN {
-        return Err(ResultCode::INVALID_PARMS);
+        return (ResultCode::INVALID_PARMS, VdiResponse::zeroed());
     }
     let wanted = AttrHeader::get(payload);
+    let record = match stamped(sheep, request, &wanted, payload).await {
+        Ok(record) => record,
+        Err(code) => return (code, VdiResponse::zeroed()),
+    };
+    let name_hash = hash::name_hash(&wanted.name);
+    let (result, attr_id) = probe(sheep, request.flags, &wanted, name_hash, record).await;
+    let copies = sheep.copies_of(Oid::attr(name_hash, attr_id), &sheep.views.load());
+    let vdi_id = sheepdog_proto::VdiId::new(name_hash);
+    (result, VdiResponse { vdi_id, attr_id, copies, ..VdiResponse::zeroed() })
+}
+
+/// The record with the VDI's creation time; the VDI must exist.
+async fn stamped(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    wanted: &AttrHeader,
+    payload: &[u8],
+) -> Result<Bytes, ResultCode> {
     let query = Query {
         name: cstr(&wanted.name).to_vec(),
         tag: cstr(&wanted.tag).to_vec(),
@@ -35,23 +53,18 @@ pub async fn get_vdi_attr(
     let ctime = read_lookup_header(sheep, vid).await?.create_time;
     let mut record = payload.to_vec();
     record[CTIME_AT..CTIME_AT + 8].copy_from_slice(&ctime.to_le_bytes());
-    let name_hash = hash::name_hash(&wanted.name);
-    let attr_id = probe(sheep, request.flags, &wanted, name_hash, record.into()).await?;
-    let copies = sheep.copies_of(Oid::attr(name_hash, attr_id), &sheep.views.load());
-    let vdi_id = sheepdog_proto::VdiId::new(name_hash);
-    Ok(VdiResponse { vdi_id, attr_id, copies, ..VdiResponse::zeroed() })
+    Ok(record.into())
 }
 
-/// Walks the ids from the attribute's hash upwards; a plain create reads first, too, so that it never replaces an
-/// attribute of another key.
+/// Walks the ids from the attribute's hash upwards, to the id where the outcome is decided. A plain create reads first,
+/// too, so that it never replaces an attribute of another key.
 async fn probe(
     sheep: &Arc<Sheep>,
     flags: Flags,
     wanted: &AttrHeader,
     name_hash: u32,
     record: Bytes,
-) -> Result<u32, ResultCode> {
-    let create = flags.contains(Flags::ATTR_CREAT);
+) -> (ResultCode, u32) {
     let first = wanted.id();
     for step in 0..MAX_PROBES {
         let id = first.wrapping_add(step);
@@ -59,35 +72,41 @@ async fn probe(
         let present = match sheep.gateway.read_object(sheep, oid, 0, AttrHeader::LEN).await {
             Ok(bytes) => Some(AttrHeader::get(&bytes)),
             Err(ResultCode::NO_OBJ) => None,
-            Err(code) => return Err(code),
+            Err(code) => return (code, id),
         };
-        let emptied = present.is_some_and(|p| p.name[0] == 0);
-        match present {
-            None if create => return write(sheep.gateway.create_object(sheep, oid, 0, record).await, id),
-            None => return Err(ResultCode::NO_OBJ),
-            Some(p) if p.same_key(wanted) => {
-                if flags.contains(Flags::ATTR_DEL) {
-                    let zero = Bytes::from_static(&[0]);
-                    return write(sheep.gateway.write_object(sheep, oid, 0, zero).await, id);
-                }
-                if create && flags.contains(Flags::ATTR_EXCL) {
-                    return Err(ResultCode::VDI_EXIST);
-                }
-                if create {
-                    return write(sheep.gateway.create_object(sheep, oid, 0, record).await, id);
-                }
-                return Ok(id);
-            }
-            // A plain set takes the place of a deleted attribute, as the original's does.
-            Some(_) if emptied && create && !flags.contains(Flags::ATTR_EXCL) => {
-                return write(sheep.gateway.create_object(sheep, oid, 0, record).await, id);
-            }
-            Some(_) => {}
-        }
+        let written = match decide(flags, wanted, present) {
+            Step::Next => continue,
+            Step::Answer(code) => return (code, id),
+            Step::Create => sheep.gateway.create_object(sheep, oid, 0, record).await,
+            Step::Empty => sheep.gateway.write_object(sheep, oid, 0, Bytes::from_static(&[0])).await,
+        };
+        return (written.err().map_or(ResultCode::SUCCESS, |_| ResultCode::EIO), id);
     }
-    Err(ResultCode::FULL_VDI)
+    (ResultCode::FULL_VDI, first)
 }
 
-fn write(result: Result<(), ResultCode>, id: u32) -> Result<u32, ResultCode> {
-    result.map(|()| id).map_err(|_| ResultCode::EIO)
+enum Step {
+    Next,
+    Answer(ResultCode),
+    Create,
+    Empty,
+}
+
+/// What to do at an id, by what is there.
+fn decide(flags: Flags, wanted: &AttrHeader, present: Option<AttrHeader>) -> Step {
+    let create = flags.contains(Flags::ATTR_CREAT);
+    let exclusive = create && flags.contains(Flags::ATTR_EXCL);
+    match present {
+        None if create => Step::Create,
+        None => Step::Answer(ResultCode::NO_OBJ),
+        Some(p) if p.same_key(wanted) => match () {
+            () if flags.contains(Flags::ATTR_DEL) => Step::Empty,
+            () if exclusive => Step::Answer(ResultCode::VDI_EXIST),
+            () if create => Step::Create,
+            () => Step::Answer(ResultCode::SUCCESS),
+        },
+        // A plain set takes the place of a deleted attribute, as the original's does.
+        Some(p) if p.name[0] == 0 && create && !exclusive => Step::Create,
+        Some(_) => Step::Next,
+    }
 }

@@ -76,30 +76,33 @@ fn max_size(store_policy: u8, shift: u8) -> u64 {
     if store_policy == STORE_POLICY_FLAT { (MAX_DATA_OBJS as u64) << shift } else { MAX_HYPER_SIZE }
 }
 
-/// Work part of NEW_VDI; the answer names the new working VDI.
-pub async fn new_vdi(
-    sheep: &Arc<Sheep>,
-    request: &Request,
-    payload: &[u8],
-) -> Result<VdiResponse, ResultCode> {
+/// Work part of NEW_VDI: the result, and an answer that names the new working VDI. Copies and block size are told with
+/// errors, too.
+pub async fn new_vdi(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> (ResultCode, VdiResponse) {
     let body = request.vdi();
-    let params = check(&sheep.views.load(), &body, payload)?;
+    let params = match check(&sheep.views.load(), &body, payload) {
+        Ok(params) => params,
+        Err(code) => return (code, VdiResponse::zeroed()),
+    };
+    let answer =
+        VdiResponse { copies: params.copies, block_size_shift: params.shift, ..VdiResponse::zeroed() };
+    match derive(sheep, &body, &params).await {
+        Ok(vdi_id) => (ResultCode::SUCCESS, VdiResponse { vdi_id, ..answer }),
+        Err(code) => (code, answer),
+    }
+}
+
+async fn derive(sheep: &Arc<Sheep>, body: &VdiRequest, params: &Params) -> Result<VdiId, ResultCode> {
     let found = lookup(sheep, &Query::working(&params.name)).await;
     let base = body.base_vdi_id;
-    let vid = match (body.snapid != 0, found.result) {
-        (false, Ok(_)) => return Err(ResultCode::VDI_EXIST),
-        (false, Err(ResultCode::NO_VDI)) if base.is_none() => create(sheep, &params, &found).await?,
-        (false, Err(ResultCode::NO_VDI)) => clone(sheep, &params, &found, base).await?,
-        (true, Ok(working)) if base == working => snapshot(sheep, &params, &found, working).await?,
-        (true, Ok(working)) => live_rollback(sheep, &params, &found, working, base).await?,
-        (_, Err(code)) => return Err(code),
-    };
-    Ok(VdiResponse {
-        vdi_id: vid,
-        copies: params.copies,
-        block_size_shift: params.shift,
-        ..VdiResponse::zeroed()
-    })
+    match (body.snapid != 0, found.result) {
+        (false, Ok(_)) => Err(ResultCode::VDI_EXIST),
+        (false, Err(ResultCode::NO_VDI)) if base.is_none() => create(sheep, params, &found).await,
+        (false, Err(ResultCode::NO_VDI)) => clone(sheep, params, &found, base).await,
+        (true, Ok(working)) if base == working => snapshot(sheep, params, &found, working).await,
+        (true, Ok(working)) => live_rollback(sheep, params, &found, working, base).await,
+        (_, Err(code)) => Err(code),
+    }
 }
 
 /// Tells every node that `old` is a snapshot and how objects of `new` are stored, and waits until it is so here.

@@ -4,6 +4,9 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
 use thiserror::Error;
@@ -63,9 +66,9 @@ pub enum Event {
         /// Members with the new record.
         members: Vec<NodeRecord>,
     },
-    /// `true`: this node may soon be thrown out without noticing, because the membership service has not confirmed its
-    /// session for 2/3 of the session timeout. No write may be acknowledged until `false`, or until the next
-    /// [`Event::Accept`] of this node after a [`Event::Reconnect`], which ends the suspension as well (ZooKeeper only).
+    /// `true`: the [`Lease`] ended, because the membership service has not confirmed this node's session for 2/3 of
+    /// the session timeout. `false`: it is confirmed again, and nobody threw this node out. A [`Event::Reconnect`] ends
+    /// the suspension as well (ZooKeeper only).
     Suspended(bool),
     /// The session was lost, nothing asked for before will be announced any more; the daemon joins again. Until then
     /// every other request is refused (ZooKeeper only).
@@ -105,6 +108,34 @@ impl<T: Default> std::fmt::Debug for Answer<T> {
     }
 }
 
+/// How long this node is certain to be a member in the eyes of the others (spec 06, A11). A write is acknowledged only
+/// while the lease is fresh: afterwards others may have gone on without this node. Ends by itself, by the local clock,
+/// so that a process that was stopped finds it ended before it does anything else.
+#[derive(Debug)]
+pub struct Lease {
+    base: Instant,
+    /// Milliseconds after `base`.
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// A lease that has ended.
+    pub(crate) fn new() -> Lease {
+        Lease { base: Instant::now(), until: AtomicU64::new(0) }
+    }
+
+    /// Whether it has not ended.
+    pub fn is_fresh(&self) -> bool {
+        self.base.elapsed().as_millis() < u128::from(self.until.load(Ordering::Acquire))
+    }
+
+    /// Lets it end at `until`.
+    pub(crate) fn extend(&self, until: Instant) {
+        let until = until.saturating_duration_since(self.base).as_millis();
+        self.until.store(u64::try_from(until).unwrap_or(u64::MAX), Ordering::Release);
+    }
+}
+
 /// A source of membership and of totally ordered messages. Success of a call means that the request is in the common
 /// history (or will be without further action); its effect arrives as an [`Event`].
 pub trait Driver: Send + Sync {
@@ -116,6 +147,11 @@ pub trait Driver: Send + Sync {
 
     /// Members present now, for checks before joining (spec 04, 5.4). Empty if none or unknown.
     fn members_hint(&self) -> Vec<NodeRecord>;
+
+    /// The lease under which this node may acknowledge writes; `None` if a node that lives is always a member.
+    fn lease(&self) -> Option<Arc<Lease>> {
+        None
+    }
 
     /// Asks to join as `me`, telling the cluster what this node knows of it.
     fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Result<(), DriverError>>;
@@ -237,9 +273,7 @@ pub enum DriverError {
         reason: String,
     },
     /// Somebody is registered under this address, longer than a dead predecessor could be.
-    #[error(
-        "Previous zookeeper session exist, shoot myself. Please wait for {0} seconds to join me again."
-    )]
+    #[error("Previous zookeeper session exist, shoot myself. Please wait for {0} seconds to join me again.")]
     PreviousSession(u64),
     /// The session ended before the request was in the history, or while nobody can tell.
     #[error("the session with the membership service was lost")]
@@ -259,6 +293,17 @@ pub enum DriverError {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_lease_ends_at_its_time_and_has_ended_before_the_first() {
+        let lease = Lease::new();
+        assert!(!lease.is_fresh());
+        lease.extend(Instant::now() + Duration::from_secs(3600));
+        assert!(lease.is_fresh());
+        lease.extend(Instant::now());
+        assert!(!lease.is_fresh());
+    }
 
     #[test]
     fn an_answer_is_delivered_once_and_dropping_it_gives_the_default() {

@@ -10,7 +10,7 @@ mod local;
 mod select;
 mod zookeeper;
 
-pub use contract::{Answer, BoxFuture, Driver, DriverError, Event};
+pub use contract::{Answer, BoxFuture, Driver, DriverError, Event, Lease};
 pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, block_event_signal};
-pub use select::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER, DRIVER_NAMES, Selection, check, open, select};
+pub use select::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
 pub use zookeeper::ZookeeperDriver;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::local::{DEFAULT_PATH, LocalDriver};
-use crate::zookeeper::{self, ZookeeperDriver};
+use crate::zookeeper::ZookeeperDriver;
 use crate::{Driver, DriverError, Event};
 
 /// All driver names in the order in which version and error texts print them.
@@ -39,15 +39,6 @@ pub fn select(spec: &str) -> Result<Selection<'_>, DriverError> {
             }
         })
         .ok_or_else(|| DriverError::UnknownDriver(spec.to_owned()))
-}
-
-/// The same, and the option is checked as far as that is possible without using it.
-pub fn check(spec: &str) -> Result<Selection<'_>, DriverError> {
-    let selection = select(spec)?;
-    if selection.name == "zookeeper" {
-        zookeeper::check_option(selection.option)?;
-    }
-    Ok(selection)
 }
 
 /// Starts the driver of `spec`. The process identity must be final: call it after daemonising, from a process that

@@ -233,7 +233,10 @@ fn one_block_at_a_time_and_only_after_the_message_before() {
         };
         if let Some(last) = round.checked_sub(1) {
             let end = format!(" done-{last}");
-            assert!(cluster.log(holder).iter().any(|l| l.ends_with(&end)), "granted before {end} was handled");
+            assert!(
+                cluster.log(holder).iter().any(|l| l.ends_with(&end)),
+                "granted before {end} was handled"
+            );
         }
         // Give a wrong second grant the time to show: a message goes round, and block events do not hold it up.
         let probe = ports[round % 3];
@@ -348,7 +351,11 @@ fn a_process_stopped_past_the_timeout_rejoins_and_is_suspended_until_then() {
     cluster.signal(7001, Signal::SIGCONT);
     cluster.wait(7001, "reconnect");
     for port in [7001, 7002, 7003] {
-        cluster.wait_nth(port, "accept 127.0.0.1:7001 members=127.0.0.1:7001,127.0.0.1:7002,127.0.0.1:7003", 1);
+        cluster.wait_nth(
+            port,
+            "accept 127.0.0.1:7001 members=127.0.0.1:7001,127.0.0.1:7002,127.0.0.1:7003",
+            1,
+        );
     }
     cluster.wait_nth(7001, "accept 127.0.0.1:7001 ", 2);
     cluster.settle("end");

@@ -24,7 +24,7 @@ pub use client::{Client, answer};
 pub use cluster::{Builder, Cluster};
 pub use netns::in_own_network;
 pub use node::{Node, Output};
-pub use vdi::Vdi;
 pub use ports::Ports;
+pub use vdi::Vdi;
 pub use wait::{wait, wait_for};
 pub use zookeeper::ZooKeeper;

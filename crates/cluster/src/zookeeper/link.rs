@@ -6,6 +6,7 @@
 //! server says that it expired. Only that is a lost session.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -17,7 +18,7 @@ use zookeeper_client::{
 };
 
 use super::option::Options;
-use crate::{DriverError, Event};
+use crate::{DriverError, Event, Lease};
 
 /// Between two attempts to connect or to repeat a request.
 pub const RETRY: Duration = Duration::from_millis(100);
@@ -269,11 +270,12 @@ fn absent<T>(result: Result<T, Fault>) -> Result<Option<T>, Fault> {
     }
 }
 
-/// Reports when the session has not been confirmed for 2/3 of its timeout, and when it is confirmed again. Confirmed is
+/// Renews the lease, and reports when the session has not been confirmed for 2/3 of its timeout, and when it is confirmed again. Confirmed is
 /// the moment at which a request was *sent* that the ensemble's leader answered: the session cannot have been older then.
-pub async fn fence(link: Link, events: mpsc::UnboundedSender<Event>) {
-    let (confirm, mut confirmed) = watch::channel(Instant::now());
+pub async fn fence(link: Link, lease: Arc<Lease>, events: mpsc::UnboundedSender<Event>) {
     let limit = link.timeout * 2 / 3;
+    let (confirm, mut confirmed) = watch::channel(Instant::now());
+    lease.extend((*confirmed.borrow() + limit).into_std());
     let probe = async {
         let mut tick = tokio::time::interval(link.timeout / 12);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -282,6 +284,7 @@ pub async fn fence(link: Link, events: mpsc::UnboundedSender<Event>) {
             let Ok(client) = link.client().await else { return };
             let sent = Instant::now();
             if let Ok(Ok(())) = tokio::time::timeout(link.timeout / 3, client.sync("/queue")).await {
+                lease.extend((sent + limit).into_std());
                 confirm.send_replace(sent);
             }
         }

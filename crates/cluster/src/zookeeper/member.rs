@@ -1,15 +1,17 @@
 //! One process's part in the cluster, session after session: takes the daemon's requests and what the session's tasks
 //! find, one at a time (spec 04, 12.10).
 
-use sheepdog_proto::{ClusterInfo, NodeRecord};
+use std::sync::Arc;
 use std::time::Duration;
+
+use sheepdog_proto::{ClusterInfo, NodeRecord};
 use tokio::sync::{mpsc, oneshot};
 
 use super::link::{Fault, LinkOwner};
 use super::option::Options;
 use super::queue::Read;
 use super::session::{Input, Outcome, Session};
-use crate::{DriverError, Event};
+use crate::{DriverError, Event, Lease};
 
 /// Answer to a request.
 pub type Reply = Result<(), DriverError>;
@@ -52,6 +54,7 @@ pub struct Member {
     options: Options,
     /// The first session, until the first join.
     first: Option<LinkOwner>,
+    lease: Arc<Lease>,
     session: Option<Session>,
     generation: u64,
     /// A session was lost: failing to join again cannot be returned by the first call of `join`.
@@ -66,6 +69,7 @@ impl Member {
     pub fn new(
         options: Options,
         first: LinkOwner,
+        lease: Arc<Lease>,
         events: mpsc::UnboundedSender<Event>,
         commands: mpsc::UnboundedReceiver<Command>,
         mailbox: mpsc::UnboundedSender<Command>,
@@ -73,6 +77,7 @@ impl Member {
         Member {
             options,
             first: Some(first),
+            lease,
             session: None,
             generation: 0,
             lost_one: false,
@@ -181,7 +186,8 @@ impl Member {
         };
         self.generation += 1;
         let (events, mailbox) = (self.events.clone(), self.mailbox.clone());
-        let mut session = Session::start(self.generation, owner, me, info, events, mailbox);
+        let lease = self.lease.clone();
+        let mut session = Session::start(self.generation, owner, lease, me, info, events, mailbox);
         session.joining = Some(reply);
         self.session = Some(session);
     }

@@ -15,12 +15,13 @@ mod queue;
 mod session;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, MAX_NODES, NodeId, NodeRecord};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use crate::{BoxFuture, Driver, DriverError, Event};
+use crate::{BoxFuture, Driver, DriverError, Event, Lease};
 use link::{Fault, LinkOwner};
 use member::{Command, Member, Reply, Request};
 use option::Options;
@@ -30,11 +31,7 @@ use option::Options;
 pub struct ZookeeperDriver {
     commands: UnboundedSender<Command>,
     present: Vec<NodeRecord>,
-}
-
-/// Checks the text after `zookeeper:`.
-pub fn check_option(option: Option<&str>) -> Result<(), DriverError> {
-    Options::parse(option).map(drop)
+    lease: Arc<Lease>,
 }
 
 impl ZookeeperDriver {
@@ -47,6 +44,8 @@ impl ZookeeperDriver {
         let (events, receiver) = unbounded_channel();
         let (opened, outcome) = std::sync::mpsc::channel();
         let mailbox = commands.clone();
+        let lease = Arc::new(Lease::new());
+        let renewed = lease.clone();
         let run = async move {
             let connected = match LinkOwner::connect(&options).await {
                 Ok(owner) => present(&owner, &options).await.map(|nodes| (owner, nodes)),
@@ -56,7 +55,7 @@ impl ZookeeperDriver {
                 Err(e) => drop(opened.send(Err(e))),
                 Ok((owner, nodes)) => {
                     let _ = opened.send(Ok(nodes));
-                    Member::new(options, owner, events, inbox, mailbox).run().await;
+                    Member::new(options, owner, renewed, events, inbox, mailbox).run().await;
                 }
             }
         };
@@ -70,7 +69,7 @@ impl ZookeeperDriver {
             })
             .map_err(DriverError::Start)?;
         let present = outcome.recv().map_err(|_| DriverError::Stopped)??;
-        Ok((ZookeeperDriver { commands, present }, receiver))
+        Ok((ZookeeperDriver { commands, present, lease }, receiver))
     }
 
     fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
@@ -133,6 +132,10 @@ impl Driver for ZookeeperDriver {
 
     fn members_hint(&self) -> Vec<NodeRecord> {
         self.present.clone()
+    }
+
+    fn lease(&self) -> Option<Arc<Lease>> {
+        Some(self.lease.clone())
     }
 
     fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Reply> {

@@ -148,7 +148,9 @@ pub async fn write(
         let answer = match result {
             Ok(_) => Ok(()),
             Err(Fault::Lost) => return Err(Fault::Lost),
-            Err(Fault::Refused(e)) => Err(DriverError::Ensemble { hosts: "queue".into(), reason: e.to_string() }),
+            Err(Fault::Refused(e)) => {
+                Err(DriverError::Ensemble { hosts: "queue".into(), reason: e.to_string() })
+            }
         };
         match reply {
             Some(reply) => drop(reply.send(answer)),

@@ -17,7 +17,7 @@ use super::layout::{Body, Entry, encode_position, encode_session, member_path, p
 use super::link::{Fault, Link, LinkOwner, fence};
 use super::member::{Command, Reply};
 use super::queue::{self, Read, Write};
-use crate::{Answer, DriverError, Event};
+use crate::{Answer, DriverError, Event, Lease};
 
 /// Entries read ahead of the daemon; each may have a megabyte.
 const READ_AHEAD: usize = 8;
@@ -105,6 +105,7 @@ impl Session {
     pub fn start(
         generation: u64,
         owner: LinkOwner,
+        lease: Arc<Lease>,
         me: NodeRecord,
         info: ClusterInfo,
         events: mpsc::UnboundedSender<Event>,
@@ -120,7 +121,7 @@ impl Session {
         let election = election::compete(link.clone(), me.nid, entering, elect);
         let election = tasks.spawn(log_fault("election", election));
         tasks.spawn(log_fault("queue", queue::write(link.clone(), orders, position.clone())));
-        tasks.spawn(fence(link.clone(), events.clone()));
+        tasks.spawn(fence(link.clone(), lease, events.clone()));
         tasks.spawn(watch_session(link.clone(), standing.clone(), tell.clone()));
         let join = Entry { id: rand::random(), sender: me, body: Body::Join(info) };
         tasks.spawn(enter(link, join, progress.clone(), standing.clone(), tell));
@@ -354,10 +355,7 @@ impl Session {
         }
         self.history = History::new(before, blocks);
         let (me, session) = (self.me.nid, self.link().session);
-        let nodes = [
-            (member_path(&me), encode_session(session)),
-            (position_path(&me), encode_position(-1)),
-        ];
+        let nodes = [(member_path(&me), encode_session(session)), (position_path(&me), encode_position(-1))];
         for (path, data) in nodes {
             match self.link().create(&path, &data, CreateMode::Ephemeral).await {
                 Err(Fault::Refused(ZkError::NodeExists)) => {
@@ -433,7 +431,11 @@ impl Session {
     }
 
     /// Writes the daemon's answer into the JOIN, unless another master was faster.
-    pub async fn join_answered(&mut self, question: u64, info: Option<Box<ClusterInfo>>) -> Result<(), Fault> {
+    pub async fn join_answered(
+        &mut self,
+        question: u64,
+        info: Option<Box<ClusterInfo>>,
+    ) -> Result<(), Fault> {
         let Some(open) = self.open_join.as_mut().filter(|o| o.asked == Some(question)) else { return Ok(()) };
         let Some(info) = info else {
             open.asked = None;
@@ -451,7 +453,8 @@ impl Session {
 
     /// Offers the mutex to the daemon when everything written so far was handled and it is this node's turn.
     fn offer_block(&mut self) {
-        if !self.drained || self.turn != Turn::No || self.leaving || self.history.head() != Some(self.me.nid) {
+        if !self.drained || self.turn != Turn::No || self.leaving || self.history.head() != Some(self.me.nid)
+        {
             return;
         }
         let number = self.question();

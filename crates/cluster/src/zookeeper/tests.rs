@@ -112,7 +112,10 @@ fn captured_entries_decode_to_their_fields_and_encode_to_their_bytes() {
             }
             Body::Notify(message) | Body::Unblock(message) => {
                 let decoded = ClusterMessage::decode(message).expect("a message");
-                assert_eq!(u64::from(decoded.request.opcode.0), hex(&want["vdi_op_message"]["req"]["opcode"]));
+                assert_eq!(
+                    u64::from(decoded.request.opcode.0),
+                    hex(&want["vdi_op_message"]["req"]["opcode"])
+                );
                 assert_eq!(decoded.data.len() as u64, num(&want["vdi_op_message"]["data_len"]));
             }
             _ => {}
@@ -157,7 +160,8 @@ fn lengths_from_outside_are_checked() {
     assert!(broken(notify, 8, 8), "type 8");
     assert!(Entry::decode(&[0; 167]).is_err());
     assert!(Entry::decode(&valid(Body::Notify(vec![0; 131_073]))).is_err(), "message above the limit");
-    let info = ClusterInfo { header: sheepdog_proto::cluster::ClusterInfoHeader::zeroed(), nodes: Vec::new() };
+    let info =
+        ClusterInfo { header: sheepdog_proto::cluster::ClusterInfoHeader::zeroed(), nodes: Vec::new() };
     let accept = valid(Body::Accept(info, Vec::new()));
     assert_eq!(accept.len(), 983_256);
     assert!(Entry::decode(&accept).is_ok());

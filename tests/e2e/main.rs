@@ -15,3 +15,4 @@ mod scenarios;
 mod stalls;
 mod vdi;
 mod wire;
+mod zookeeper;

@@ -147,12 +147,16 @@ async fn candidates(
     numbers.sort_unstable();
     let mut found = Vec::new();
     for number in numbers {
-        if !known.contains_key(&number) {
-            let Some((data, _)) = link.get(&path(number)).await? else { continue };
-            let Some(node) = decode_node_string(&data) else { continue };
-            known.insert(number, node);
-        }
-        found.extend(known.get(&number).map(|node| (number, *node)));
+        let node = match known.get(&number) {
+            Some(node) => *node,
+            None => {
+                let Some((data, _)) = link.get(&path(number)).await? else { continue };
+                let Some(node) = decode_node_string(&data) else { continue };
+                known.insert(number, node);
+                node
+            }
+        };
+        found.push((number, node));
     }
     Ok(found)
 }

@@ -13,6 +13,7 @@ mod member;
 mod option;
 mod queue;
 mod session;
+mod tasks;
 
 use std::net::IpAddr;
 use std::sync::Arc;

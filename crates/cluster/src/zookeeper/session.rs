@@ -8,8 +8,7 @@ use std::time::Duration;
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::Instant;
-use zookeeper_client::{CreateMode, Error as ZkError, EventType};
+use zookeeper_client::{CreateMode, Error as ZkError};
 
 use super::election::{self, Progress, Standing};
 use super::history::History;
@@ -17,12 +16,11 @@ use super::layout::{Body, Entry, encode_position, encode_session, member_path, p
 use super::link::{Fault, Link, LinkOwner, fence};
 use super::member::{Command, Reply};
 use super::queue::{self, Read, Write};
+use super::tasks::{Tell, enter, log_fault, watch_member, watch_session};
 use crate::{Answer, DriverError, Event, Lease};
 
 /// Entries read ahead of the daemon; each may have a megabyte.
 const READ_AHEAD: usize = 8;
-/// After a predecessor's nodes vanished, before joining: its death is then in the queue, unless a survivor is slow.
-const SETTLE: Duration = Duration::from_millis(300);
 /// Before a question that was answered "no" is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// Checkpoints are this many entries apart.
@@ -484,135 +482,4 @@ impl Session {
             tell.tell(Input::AskAgain);
         });
     }
-}
-
-/// The way from a task to the member.
-#[derive(Clone)]
-struct Tell {
-    generation: u64,
-    mailbox: mpsc::UnboundedSender<Command>,
-}
-
-impl Tell {
-    fn tell(&self, input: Input) {
-        let _ = self.mailbox.send(Command::Input(self.generation, input));
-    }
-}
-
-/// A task's end by a lost session is announced by [`watch_session`].
-async fn log_fault(what: &str, task: impl Future<Output = Result<(), Fault>>) {
-    if let Err(Fault::Refused(e)) = task.await {
-        tracing::error!("zookeeper, {what}: {e}");
-    }
-}
-
-async fn watch_session(link: Link, mut standing: watch::Receiver<Standing>, tell: Tell) {
-    let elections = async {
-        while standing.changed().await.is_ok() {
-            tell.tell(Input::Elected);
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = link.lost() => tell.tell(Input::Lost),
-        () = elections => {}
-    }
-}
-
-/// Waits until nobody is registered under our address, until it is known who answers, and writes JOIN.
-async fn enter(
-    link: Link,
-    join: Entry,
-    progress: watch::Sender<Progress>,
-    mut standing: watch::Receiver<Standing>,
-    tell: Tell,
-) {
-    let me = join.sender.nid;
-    let steps = async {
-        wait_for_predecessor(&link, &me).await?;
-        progress.send_replace(Progress::Competing);
-        if standing.wait_for(|s| *s != Standing::Unknown).await.is_err() {
-            return Err(Refusal::Fault(Fault::Lost));
-        }
-        let from = link.next_number().await?;
-        let number = queue::push(&link, &join, from).await?;
-        progress.send_replace(Progress::Asked(number));
-        Ok(number)
-    };
-    let result = match steps.await {
-        Ok(number) => Ok(number),
-        // Announced by `watch_session`.
-        Err(Refusal::Fault(Fault::Lost)) => return,
-        Err(Refusal::Fault(Fault::Refused(e))) => {
-            Err(DriverError::Ensemble { hosts: "join".into(), reason: e.to_string() })
-        }
-        Err(Refusal::Present(seconds)) => Err(DriverError::PreviousSession(seconds)),
-    };
-    tell.tell(Input::Entered(result));
-}
-
-enum Refusal {
-    Fault(Fault),
-    Present(u64),
-}
-
-impl From<Fault> for Refusal {
-    fn from(fault: Fault) -> Refusal {
-        Refusal::Fault(fault)
-    }
-}
-
-/// A killed predecessor's nodes live until its session times out, at most 3/2 of the timeout by the servers' ticks.
-async fn wait_for_predecessor(link: &Link, me: &NodeId) -> Result<(), Refusal> {
-    let deadline = Instant::now() + link.timeout * 3 / 2 + Duration::from_secs(1);
-    let mut waited = false;
-    for path in [member_path(me), position_path(me)] {
-        loop {
-            let (stat, changed) = link.stat_and_watch(&path).await?;
-            match stat {
-                None => break,
-                Some(stat) if stat.ephemeral_owner == link.session => link.delete(&path).await?,
-                Some(_) => {
-                    if !waited {
-                        tracing::warn!("{me} is still registered by an earlier session, waiting for its end");
-                    }
-                    waited = true;
-                    let timeout = link.timeout.as_secs_f64().ceil() as u64;
-                    let gone = tokio::time::timeout_at(deadline, changed.changed()).await;
-                    gone.map_err(|_| Refusal::Present(timeout))?;
-                }
-            }
-        }
-    }
-    if waited {
-        tokio::time::sleep(SETTLE).await;
-    }
-    Ok(())
-}
-
-/// Reports when a member's node is deleted, or does not appear within 3/2 of the session timeout.
-async fn watch_member(link: Link, node: NodeId, tell: Tell) -> Result<(), Fault> {
-    let path = member_path(&node);
-    let appears_by = Instant::now() + link.timeout * 3 / 2;
-    let mut seen = false;
-    loop {
-        let (stat, changed) = link.stat_and_watch(&path).await?;
-        seen |= stat.is_some();
-        let event = if seen {
-            if stat.is_none() {
-                break;
-            }
-            changed.changed().await
-        } else {
-            match tokio::time::timeout_at(appears_by, changed.changed()).await {
-                Ok(event) => event,
-                Err(_) => break,
-            }
-        };
-        if event.event_type == EventType::NodeDeleted {
-            break;
-        }
-    }
-    tell.tell(Input::Death(node, link.next_number().await?));
-    Ok(())
 }

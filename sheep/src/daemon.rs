@@ -14,6 +14,7 @@ use crate::cluster::state::State;
 use crate::cluster::task::{Task, view_of};
 use crate::cluster::worker::{self, Worker};
 use crate::cluster::{ClusterHandle, handle::Command};
+use crate::disks::{self, Disks};
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::history::History;
@@ -103,9 +104,16 @@ async fn serve(
         None
     } else {
         let failed = disk_failure_handler(handle.clone());
-        Some(tokio::task::block_in_place(|| start::open_store(&meta, options, failed)).map_err(text)?)
+        Some(
+            tokio::task::block_in_place(|| start::open_store(&meta, options, &config, failed))
+                .map_err(text)?,
+        )
     };
     if let Some(opened) = &opened {
+        if opened.incomplete {
+            // Also after an orderly shutdown there is something to recover.
+            config.shutdown = 0;
+        }
         let settled = opened.store.settle().await;
         if settled.moved + settled.failed > 0 {
             tracing::info!("{} objects moved to their disks, {} not", settled.moved, settled.failed);
@@ -194,7 +202,7 @@ fn disk_failure_handler(handle: ClusterHandle) -> Arc<dyn Fn(DiskFailure) + Send
             handle.leave();
             handle.kill();
         } else {
-            handle.send(Command::Rebuild);
+            handle.send(Command::Rebuild { lost: true });
         }
     })
 }
@@ -229,6 +237,7 @@ impl Parts {
         let Some(queues) = self.queues.lock().take() else { return };
         tokio::spawn(worker::run(sheep.clone(), self.worker.clone(), queues.work));
         tokio::spawn(reclaim::run(sheep.clone(), queues.references));
+        tokio::spawn(disks::watch(sheep.clone()));
         tokio::spawn(recovery::run(sheep.clone(), self.worker.clone(), queues.rounds));
     }
 }
@@ -240,7 +249,7 @@ fn assemble(
     state: &State,
     opened: Option<start::OpenStore>,
 ) -> (Parts, Arc<Sheep>) {
-    let new_disk = opened.as_ref().is_some_and(|o| o.new_disk);
+    let incomplete = opened.as_ref().is_some_and(|o| o.incomplete);
     let throttle = options.recovery.map(|r| RecoveryThrottling {
         max_exec_count: r.max,
         queue_work_interval: r.interval_ms,
@@ -265,7 +274,8 @@ fn assemble(
         cluster,
         recovery,
         holds: Holds::default(),
-        history: History::open(meta.path(), state.epoch(), new_disk),
+        history: History::open(meta.path(), state.epoch(), incomplete),
+        disks: Disks::default(),
         tables: watch::Sender::new(true),
         stats: Stats::default(),
         outstanding: Outstanding::default(),

@@ -4,6 +4,7 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod disks;
 mod durability;
 mod epochs;
 mod life;
@@ -13,6 +14,7 @@ mod restart;
 mod safety;
 mod scenarios;
 mod stalls;
+mod tree;
 mod vdi;
 mod wire;
 mod zookeeper;

@@ -145,6 +145,12 @@ impl Builder {
         self
     }
 
+    /// Formats with this store driver; default `plain`.
+    pub fn store(mut self, name: &str) -> Builder {
+        self.store = name.into();
+        self
+    }
+
     /// Do not format.
     pub fn unformatted(mut self) -> Builder {
         self.format = None;

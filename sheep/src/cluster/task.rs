@@ -17,6 +17,7 @@ use super::worker::{Work, Worker};
 use crate::dispatch;
 use crate::recovery;
 use crate::sheep::Sheep;
+use crate::start;
 use crate::view::View;
 
 /// A call that must reach the driver in this order.
@@ -256,8 +257,10 @@ impl Task {
                 self.act(actions).await;
             }
             Command::LocksCollected => self.replay_locks(),
-            Command::Rebuild => {
-                self.sheep.history.restart(self.state.epoch().next());
+            Command::Rebuild { lost } => {
+                if lost {
+                    self.sheep.history.restart(self.state.epoch().next());
+                }
                 if self.state.status == ClusterStatus::Ok {
                     let actions = self.state.same_epoch_round();
                     self.act(actions).await;
@@ -416,7 +419,10 @@ impl Task {
             Action::Log(tracing::Level::WARN, text) => tracing::warn!("{text}"),
             Action::Log(_, text) => tracing::info!("{text}"),
             Action::Exit(code, lines) => self.end(code, &lines),
-            Action::SaveConfig => self.save_config(),
+            Action::SaveConfig => {
+                self.choose_layout().await;
+                self.save_config();
+            }
             Action::SaveEpoch => self.save_epoch(),
             Action::KeepEpoch => {
                 let known = self.sheep.meta.read_epoch(self.state.epoch());
@@ -488,12 +494,27 @@ impl Task {
     async fn wipe(&mut self) {
         self.sheep.recovery.stop();
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
-        if let Some(store) = &self.sheep.store
-            && let Err(error) = store.format().await
-        {
-            tracing::error!("cannot format the store: {error}");
+        if let Some(store) = &self.sheep.store {
+            let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);
+            let layout = layout.ok().flatten().unwrap_or_else(|| store.layout());
+            if let Err(error) = store.format(layout).await {
+                tracing::error!("cannot format the store: {error}");
+            }
         }
         self.sheep.vdis.clear();
+    }
+
+    /// A node that just learned of its cluster's store driver arranges its disks accordingly.
+    async fn choose_layout(&mut self) {
+        let Some(store) = &self.sheep.store else { return };
+        let changed = match start::driver(&self.sheep.meta, &self.state.config.default_store) {
+            Ok(Some(layout)) if layout != store.layout() => store.set_layout(layout).await,
+            Ok(_) => return,
+            Err(error) => return self.end(1, &[error.to_string()]),
+        };
+        if let Err(error) = changed {
+            self.end(1, &[format!("cannot rearrange the store: {error}")]);
+        }
     }
 
     /// Objects that stayed where they are would be served as current: then the node ends instead.

@@ -27,6 +27,9 @@ use link::{Fault, LinkOwner};
 use member::{Command, Member, Reply, Request};
 use option::Options;
 
+/// How long the thread lives on for the library to close the session.
+const CLOSING: std::time::Duration = std::time::Duration::from_millis(50);
+
 /// Handle of a running ZooKeeper driver. Dropping it ends its thread and, if there is time, the session, which the
 /// others see as a death.
 pub struct ZookeeperDriver {
@@ -63,9 +66,11 @@ impl ZookeeperDriver {
         std::thread::Builder::new()
             .name("cluster".to_owned())
             .spawn(move || {
-                runtime.block_on(run);
-                // Lets the library close the session.
-                runtime.block_on(tokio::time::sleep(std::time::Duration::from_millis(50)));
+                runtime.block_on(async {
+                    run.await;
+                    // Lets the library close the session.
+                    tokio::time::sleep(CLOSING).await;
+                });
                 runtime.shutdown_background();
             })
             .map_err(DriverError::Start)?;

@@ -140,6 +140,9 @@ async fn serve(
     let state = state.map_err(|e| format!("{e}\nfailed to create sheepdog cluster"))?;
 
     let (parts, sheep) = assemble(options, &meta, handle, &state, opened);
+    if let Some(lease) = driver.lease() {
+        sheep.gate.require(lease);
+    }
     let (exit, exited) = watch::channel(None);
     let (stop, stopping) = watch::channel(false);
     let server = Server::new(sheep.clone());

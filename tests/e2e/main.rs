@@ -21,3 +21,4 @@ mod vdi_model;
 mod vdi_safety;
 mod vdi_vectors;
 mod wire;
+mod zookeeper;

@@ -74,7 +74,7 @@ pub fn space(size: u64, free: u64) -> Value {
 mod tests {
     use super::*;
     use crate::inode::BlockMap;
-    use sheepdog_proto::{Wire, fixed_str};
+    use sheepdog_proto::fixed_str;
 
     #[test]
     fn vdis_have_the_documented_fields() {

@@ -318,14 +318,19 @@ impl Keys {
 mod tests {
     use super::*;
     use sheepdog_proto::admin::RecoveryState;
-    use sheepdog_proto::{NodeId, NodeRecord, Wire};
+    use sheepdog_proto::{NodeId, NodeRecord};
     use std::time::Duration;
 
     fn sampled(time: Instant, stat: SdStat) -> Sample {
         let nid = NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7000);
         let node = NodeRecord { nid, zone: 3, ..NodeRecord::zeroed() };
-        let recovery =
-            RecoveryState { in_recovery: 1, state: 1, nr_finished: 1, nr_total: 4, ..Wire::zeroed() };
+        let recovery = RecoveryState {
+            in_recovery: 1,
+            state: 1,
+            nr_finished: 1,
+            nr_total: 4,
+            ..RecoveryState::zeroed()
+        };
         let state = NodeState { size: 100 << 30, free: 75 << 30, stat, recovery };
         let silent = NodeRecord { nid: NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7001), ..node };
         let nodes = vec![(node, Some(state)), (silent, None)];

@@ -138,7 +138,7 @@ mod tests {
     use super::*;
     use sheepdog_proto::admin::{RecoveryState, SdStat};
     use sheepdog_proto::cluster::EpochRecord;
-    use sheepdog_proto::{Epoch, NodeId, Wire};
+    use sheepdog_proto::{Epoch, NodeId};
 
     fn node(port: u16, zone: u32) -> NodeRecord {
         let nid = NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), port);
@@ -188,7 +188,8 @@ mod tests {
         assert_eq!(worst(&survey).0, Severity::Critical);
         survey = healthy();
         if let Some(state) = &mut survey.nodes[0].1 {
-            state.recovery = RecoveryState { in_recovery: 1, nr_finished: 3, nr_total: 9, ..Wire::zeroed() };
+            state.recovery =
+                RecoveryState { in_recovery: 1, nr_finished: 3, nr_total: 9, ..RecoveryState::zeroed() };
         }
         assert_eq!(worst(&survey).1, "node 0 (127.0.0.1:7000) recovers: 3 of 9 objects");
         survey.nodes.truncate(1);

@@ -113,7 +113,6 @@ fn row(inode: &Inode, usage: Usage, raw: bool) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sheepdog_proto::Wire;
 
     #[test]
     fn redundancy_counts() {

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use sheepdog_proto::redundancy::parse_copies;
 use sheepdog_proto::{CopyPolicy, Oid};
 
-use crate::exit::{FAILURE, Stop, fail};
+use crate::exit::{BAD_ARGUMENT, FAILURE, Stop, fail};
 use crate::numbers::{parse_hex, parse_long, parse_size, parse_whole};
 use crate::out::{self, text};
 
@@ -61,6 +61,15 @@ pub enum OldVersion {
     V07,
     /// Release 0.8.
     V08,
+}
+
+/// Format of a file that an image comes from or goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The bytes of the image.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// Option values of all commands; each command accepts some of them.
@@ -144,6 +153,14 @@ pub struct Options {
     pub total: Option<u64>,
     /// `benchmark -n`.
     pub threads: Option<u64>,
+    /// `--json`.
+    pub json: bool,
+    /// `vdi import -O`, `vdi export -O`.
+    pub format: Option<ImageFormat>,
+    /// `top -o`.
+    pub once: bool,
+    /// `top -i`: time between two frames.
+    pub period: std::time::Duration,
 }
 
 impl Default for Options {
@@ -188,9 +205,16 @@ impl Default for Options {
             workqueue: None,
             total: None,
             threads: None,
+            json: false,
+            format: None,
+            once: false,
+            period: std::time::Duration::from_secs(1),
         }
     }
 }
+
+/// Stands for `--json`, which has no letter.
+pub const JSON: char = '\u{1}';
 
 /// Takes one option of a command group into account.
 pub type Apply = fn(&mut Options, char, &[u8]) -> Result<(), Stop>;
@@ -204,6 +228,7 @@ pub fn apply_common(options: &mut Options, letter: char, value: &[u8]) -> Result
         'v' => options.verbose = true,
         'T' => options.time = true,
         'f' => options.force = true,
+        JSON => options.json = true,
         _ => {}
     }
     Ok(())
@@ -246,6 +271,7 @@ pub fn apply_vdi(options: &mut Options, letter: char, value: &[u8]) -> Result<()
         'B' => options.batch = parse_positive("number of batched reclamation", value)? as usize,
         'I' => options.interval = parse_positive("interval of batched reclamation", value)?,
         'm' => options.max_reclaim = Some(parse_positive("maximum number of reclamation", value)?),
+        'O' => options.format = Some(parse_format(value)?),
         _ => {}
     }
     Ok(())
@@ -308,6 +334,22 @@ pub fn apply_benchmark(options: &mut Options, letter: char, value: &[u8]) -> Res
     Ok(())
 }
 
+/// Options of `dog top`.
+pub fn apply_top(options: &mut Options, letter: char, value: &[u8]) -> Result<(), Stop> {
+    match letter {
+        'o' => options.once = true,
+        'i' => match parse_whole(value) {
+            Some(seconds @ 1..=3600) => options.period = std::time::Duration::from_secs(seconds as u64),
+            _ => {
+                let why = format!("Invalid interval '{}': must be 1 to 3600 seconds", text(value));
+                return Err(fail(BAD_ARGUMENT, why));
+            }
+        },
+        _ => {}
+    }
+    Ok(())
+}
+
 /// For groups without options of their own.
 pub fn apply_nothing(_options: &mut Options, _letter: char, _value: &[u8]) -> Result<(), Stop> {
     Ok(())
@@ -326,7 +368,7 @@ pub fn parse_port(value: &[u8]) -> Result<u16, Stop> {
     let digits = value.iter().all(u8::is_ascii_digit);
     let port = std::str::from_utf8(value).ok().filter(|_| digits).and_then(|t| t.parse().ok());
     port.filter(|port| *port != 0)
-        .ok_or_else(|| fail(crate::exit::BAD_ARGUMENT, format_args!("Invalid port number '{}'", text(value))))
+        .ok_or_else(|| fail(BAD_ARGUMENT, format_args!("Invalid port number '{}'", text(value))))
 }
 
 /// A size operand; a bad one is a usage error.
@@ -339,6 +381,17 @@ pub fn size_operand(value: &[u8]) -> Result<u64, Stop> {
              petabytes.",
         )
     })
+}
+
+fn parse_format(value: &[u8]) -> Result<ImageFormat, Stop> {
+    match value {
+        b"raw" => Ok(ImageFormat::Raw),
+        b"qcow2" => Ok(ImageFormat::Qcow2),
+        other => {
+            let why = format!("Invalid image format '{}': must be raw or qcow2", text(other));
+            Err(fail(BAD_ARGUMENT, why))
+        }
+    }
 }
 
 fn parse_redundancy(value: &[u8]) -> Result<(u8, CopyPolicy), Stop> {

@@ -7,7 +7,7 @@ mod table;
 
 use sheepdog_getopt::Opt;
 
-use crate::args::Apply;
+use crate::args::{Apply, JSON};
 use crate::context::Handler;
 use crate::out;
 
@@ -16,7 +16,15 @@ pub use table::COMMANDS;
 /// Column where descriptions begin.
 const COLUMN: usize = 24;
 
-/// A command group: `dog vdi`, `dog node`, ...
+/// What every command accepts and no usage text shows, since those are the original's.
+pub const JSON_OPTION: Opt = Opt {
+    short: JSON,
+    long: "json",
+    takes_value: false,
+    help: "print one JSON document instead of the listing",
+};
+
+/// A command group: `dog vdi`, `dog node`, ... One whose only row has no name is a command without second word.
 pub struct Command {
     /// First word.
     pub name: &'static str,
@@ -34,6 +42,10 @@ pub struct Command {
 pub struct Subcommand {
     /// The word.
     pub name: &'static str,
+    /// Not in the overview and the list of available commands, as [`Command::hidden`].
+    pub hidden: bool,
+    /// `--json` is understood.
+    pub json: bool,
     /// Description in the overview or in the parent's usage.
     pub help: &'static str,
     /// Operands as the usage shows them.
@@ -56,6 +68,11 @@ impl Command {
         self.subcommands.iter().find(|s| s.name == name)
     }
 
+    /// The row of a command without second word.
+    pub fn alone(&self) -> Option<&'static Subcommand> {
+        self.subcommands.first().filter(|row| row.name.is_empty())
+    }
+
     /// The options that a row accepts, in its order.
     pub fn options_of(&self, row: &Subcommand) -> Vec<Opt> {
         row.letters.chars().filter_map(|c| self.options.iter().find(|o| o.short == c)).copied().collect()
@@ -64,14 +81,14 @@ impl Command {
     /// Prints the names of the second words on stderr.
     pub fn log_available(&self) {
         out::log(format_args!("Available {} commands:", self.name));
-        for row in self.subcommands {
+        for row in self.subcommands.iter().filter(|row| !row.hidden) {
             out::log(format_args!("  {} {}", self.name, row.name));
         }
     }
 
     /// Prints the usage of a row; `path` are the dispatched nested rows.
     pub fn print_usage(&self, top: &Subcommand, path: &[&'static Subcommand]) {
-        let mut line = format!("Usage: dog {} {}", self.name, top.name);
+        let mut line = format!("Usage: dog {} {}", self.name, top.name).trim_end().to_owned();
         for row in path {
             line.push_str(&format!(" {}", row.name));
         }
@@ -118,7 +135,7 @@ pub fn print_overview() {
         env!("CARGO_PKG_VERSION")
     );
     for command in COMMANDS.iter().filter(|c| !c.hidden) {
-        for row in command.subcommands {
+        for row in command.subcommands.iter().filter(|row| !row.hidden) {
             text.push_str(&format!("  {:<COLUMN$}{}\n", format!("{} {}", command.name, row.name), row.help));
         }
     }

@@ -17,6 +17,9 @@ use crate::session::{Failed, Session};
 /// Bytes read of every inode first: the header and a B-tree's root header.
 const HEAD_LEN: usize = INODE_HEADER_LEN + 8;
 
+/// Entries of the map that are read along with the header when all are wanted: most images need no second request.
+const FIRST_ENTRIES: usize = 4096;
+
 /// Which blocks are allocated, and by which VDI each was written.
 #[derive(Debug, Clone)]
 pub enum BlockMap {
@@ -111,19 +114,26 @@ impl Inode {
 
     async fn read_with(session: &Session, vid: VdiId, part: &Part, flags: Flags) -> Result<Inode, ReadError> {
         let oid = Oid::inode(vid);
-        let length = if matches!(part, Part::Header) { INODE_HEADER_LEN } else { HEAD_LEN };
+        let length = match part {
+            Part::Header => INODE_HEADER_LEN,
+            Part::Map => INODE_HEADER_LEN + 4 * FIRST_ENTRIES,
+            Part::Bytes(_) => HEAD_LEN,
+        };
         let head = read(session, oid, 0, length, flags).await.map_err(|e| ReadError::Header(oid, e))?;
         let mut inode = Inode { header: InodeHeader::get(&head), map: BlockMap::empty() };
         inode.read_map(session, part, &head[INODE_HEADER_LEN..]).await?;
         Ok(inode)
     }
 
-    async fn read_map(&mut self, session: &Session, part: &Part, root: &[u8]) -> Result<(), ReadError> {
+    /// `start` is the start of the map, as far as it was read.
+    async fn read_map(&mut self, session: &Session, part: &Part, start: &[u8]) -> Result<(), ReadError> {
         if matches!(part, Part::Header) {
             return Ok(());
         }
         if self.is_hyper() {
-            self.map = BlockMap::Tree(btree::load(session, self.header.vdi_id, root).await?);
+            self.map = BlockMap::Tree(
+                btree::load(session, self.header.vdi_id, &start[..HEAD_LEN - INODE_HEADER_LEN]).await?,
+            );
             return Ok(());
         }
         let shift = self.header.block_size().trailing_zeros();
@@ -137,12 +147,18 @@ impl Inode {
         if range.is_empty() {
             return Ok(());
         }
-        let oid = Oid::inode(self.header.vdi_id);
-        let length = 4 * (range.end - range.start) as usize;
-        let bytes = read(session, oid, table_offset(range.start as u32), length, Flags::DIRECT)
-            .await
-            .map_err(|e| ReadError::Map(oid, e))?;
-        let entries = table(&bytes).iter().map(|e| e.get()).collect();
+        // Only a map that is wanted from its start can use what was read with the header.
+        let known = if range.start == 0 { (start.len() / 4).min(range.end as usize) } else { 0 };
+        let mut entries: Vec<u32> = table(&start[..4 * known]).iter().map(|e| e.get()).collect();
+        let first = range.start + known as u64;
+        if first < range.end {
+            let oid = Oid::inode(self.header.vdi_id);
+            let length = 4 * (range.end - first) as usize;
+            let bytes = read(session, oid, table_offset(first as u32), length, Flags::DIRECT)
+                .await
+                .map_err(|e| ReadError::Map(oid, e))?;
+            entries.extend(table(&bytes).iter().map(|e| e.get()));
+        }
         self.map = BlockMap::Flat { first: range.start, entries };
         Ok(())
     }

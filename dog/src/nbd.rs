@@ -27,9 +27,7 @@ pub async fn serve(context: &Context) -> Outcome {
             .map_err(|e| fail(SYSTEM, format_args!("cannot serve NBD on {address}: {}", errno_text(&e))))?;
         listeners.push(listener);
     }
-    let service = Reconnect::new(gateway.socket_addr().into(), ReconnectOptions::default());
-    let exports = VdiExports::new(Arc::new(service), VdiExportsOptions::default());
-    let server = Server::new(Arc::new(exports));
+    let server = server(context, VdiExportsOptions::default());
     for (listener, address) in listeners.into_iter().zip(addresses) {
         let server = server.clone();
         tokio::spawn(async move {
@@ -41,6 +39,13 @@ pub async fn serve(context: &Context) -> Outcome {
     stop_signal().await?;
     server.shutdown().await;
     Ok(())
+}
+
+/// A server of the gateway's cluster; call it inside the runtime.
+pub fn server(context: &Context, options: VdiExportsOptions) -> Server {
+    let address = context.session.gateway().socket_addr().into();
+    let service = Reconnect::new(address, ReconnectOptions::default());
+    Server::new(Arc::new(VdiExports::new(Arc::new(service), options)))
 }
 
 fn addresses(context: &Context) -> Result<Vec<ListenAddr>, Stop> {

@@ -22,7 +22,7 @@ pub fn run(words: Vec<String>) -> i32 {
     crate::invocation_log::record(&words);
     let mut words = words.into_iter();
     let program = words.next().unwrap_or_else(|| "dog".into());
-    let (command, top) = match find_command(words.next(), words.next()) {
+    let (command, top) = match find_command(&mut words) {
         Ok(found) => found,
         Err(status) => return status,
     };
@@ -61,12 +61,11 @@ fn is_help(word: &str) -> bool {
     matches!(word, "help" | "--help" | "-h")
 }
 
-/// Finds the table row of the first two words, or the status to exit with.
+/// Takes the words that name a command and finds its table row, or the status to exit with.
 fn find_command(
-    first: Option<String>,
-    second: Option<String>,
+    words: &mut std::vec::IntoIter<String>,
 ) -> Result<(&'static Command, &'static Subcommand), i32> {
-    let Some(name) = first.filter(|word| !is_help(word)) else {
+    let Some(name) = words.next().filter(|word| !is_help(word)) else {
         commands::print_overview();
         return Err(0);
     };
@@ -75,6 +74,10 @@ fn find_command(
         out::log(TRY_HELP);
         return Err(64);
     };
+    if let Some(row) = command.alone() {
+        return Ok((command, row));
+    }
+    let second = words.next();
     if let Some(row) = second.as_deref().and_then(|word| command.find(word)) {
         return Ok((command, row));
     }
@@ -99,7 +102,8 @@ fn parse_options(
     if let Some(port) = std::env::var_os("SHEEPDOG_DOG_PORT") {
         options.port = parse_port(&port.into_vec())?;
     }
-    let accepted = command.options_of(top);
+    let mut accepted = command.options_of(top);
+    accepted.push(commands::JSON_OPTION);
     let stop_at_word = std::env::var_os("POSIXLY_CORRECT").is_some();
     let mut parser = Parser::new(&accepted, words);
     let mut args = Vec::new();
@@ -167,6 +171,14 @@ async fn dispatch(
             }
         }
         path.push(row);
+    }
+    if context.options.json && !row.json {
+        let words = [command.name, top.name].into_iter().chain(path.iter().map(|row| row.name));
+        let words: Vec<&str> = words.collect();
+        return Err(fail(
+            BAD_ARGUMENT,
+            format_args!("'dog {}' has no JSON output", words.join(" ").trim_end()),
+        ));
     }
     match row.run {
         Some(run) => run(&context).await,

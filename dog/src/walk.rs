@@ -12,7 +12,7 @@ use crate::out;
 use crate::session::Session;
 
 /// Inodes read at the same time.
-const READ_AHEAD: usize = 16;
+const READ_AHEAD: usize = 32;
 
 /// The ids in use; `None` if the daemon refused (its reason has been printed).
 async fn used_ids(session: &Session) -> Result<Option<Vec<VdiId>>, Stop> {

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod disks;
+mod dog_extras;
 mod durability;
 mod epochs;
 mod life;

@@ -4,6 +4,8 @@
 //! unambiguous abbreviations of long names, `-xVALUE`, clustered short options, `--` ends the options (spec 04,
 //! section 16; spec 07). Parsing is lazy: options met before an error are already acted upon.
 
+pub mod roff;
+
 use std::fmt;
 
 /// One option.

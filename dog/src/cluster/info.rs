@@ -1,11 +1,13 @@
 //! `dog cluster info` (spec 07, 14.1).
 
+use serde_json::{Value, json};
 use sheepdog_proto::redundancy::format_copies;
 use sheepdog_proto::{ClusterFlags, NodeRecord, ResultCode, cstr};
 
 use super::epochs::{self, EpochNodes, Epochs};
 use crate::context::Context;
 use crate::exit::{Outcome, SYSTEM};
+use crate::json;
 use crate::numbers::{clock, ctime, day, seconds};
 use crate::out::text;
 
@@ -14,6 +16,10 @@ pub async fn run(context: &Context) -> Outcome {
     let Epochs { result, list } =
         epochs::fetch(&context.session, &context.cluster).await.map_err(|_| SYSTEM)?;
     let options = &context.options;
+    if options.json {
+        json::print(&document(result, &list));
+        return Ok(());
+    }
     let prefix = |name: &'static str| if options.raw { "" } else { name };
     let newest = list.first().map(|epoch| &epoch.record);
     let running = match newest {
@@ -56,6 +62,33 @@ pub async fn run(context: &Context) -> Outcome {
         out!("{members}]\n");
     }
     Ok(())
+}
+
+/// Everything that the listings show, whatever the options.
+fn document(result: ResultCode, list: &[EpochNodes]) -> Value {
+    let running = result == ResultCode::SUCCESS;
+    let epoch = |epoch: &EpochNodes| {
+        let node = |node: &NodeRecord| json!({ "address": node.nid.host_port(), "vnodes": node.nr_vnodes });
+        json!({
+            "epoch": epoch.record.epoch.0,
+            "time": epoch.record.time,
+            "nodes": epoch.nodes.iter().map(node).collect::<Vec<_>>(),
+        })
+    };
+    let record = list.first().map(|epoch| &epoch.record);
+    let flag = |flag| record.map(|record| record.flags.contains(flag));
+    let vnodes = |auto| if auto { "auto" } else { "fixed" };
+    json!({
+        "running": running,
+        "status": if running { "running".to_string() } else { result.to_string() },
+        "auto_recovery": record.map(|record| record.disable_recovery == 0),
+        "created": record.map(|record| seconds(record.ctime)),
+        "copies": record.map(|record| format_copies(record.nr_copies, record.copy_policy)),
+        "store": record.map(|record| text(cstr(&record.store))),
+        "vnodes": flag(ClusterFlags::AUTO_VNODES).map(vnodes),
+        "epoch": record.map(|record| record.epoch.0),
+        "epochs": list.iter().map(epoch).collect::<Vec<_>>(),
+    })
 }
 
 fn members(nodes: &[NodeRecord]) -> String {

@@ -4,6 +4,7 @@ pub mod alter_copy;
 pub mod check;
 pub mod epochs;
 pub mod format;
+pub mod health;
 pub mod info;
 pub mod recover;
 pub mod snapshot;

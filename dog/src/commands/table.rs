@@ -3,9 +3,11 @@
 use sheepdog_getopt::Opt;
 
 use super::{Command, Subcommand};
-use crate::args::{apply_benchmark, apply_cluster, apply_node, apply_nothing, apply_upgrade, apply_vdi};
+use crate::args::{
+    apply_benchmark, apply_cluster, apply_node, apply_nothing, apply_top, apply_upgrade, apply_vdi,
+};
 use crate::context::{Context, Handler, Running};
-use crate::{benchmark, cluster, nbd, nfs, node, upgrade, vdi};
+use crate::{benchmark, cluster, completions, manual, nbd, nfs, node, top, upgrade, vdi};
 
 /// An async function as a handler.
 macro_rules! handler {
@@ -73,6 +75,7 @@ const VDI_OPTIONS: &[Opt] = &[
         "specify the maximum number of reclaimed objects (if this option is specified, an inode object won't be \
          reclaimed)",
     ),
+    value('O', "format", "format of the file: raw or qcow2 (import finds out by itself)"),
     ADDRESS,
     PORT,
     RAW,
@@ -115,6 +118,16 @@ const CLUSTER_OPTIONS: &[Opt] = &[
     TIME,
 ];
 
+const TOP_OPTIONS: &[Opt] = &[
+    flag('o', "once", "print one frame and exit"),
+    value('i', "interval", "seconds between two frames (default: 1)"),
+    ADDRESS,
+    PORT,
+    HELP,
+];
+
+const TEXT_OPTIONS: &[Opt] = &[HELP];
+
 const PLAIN_OPTIONS: &[Opt] = &[ADDRESS, PORT, HELP];
 
 const UPGRADE_OPTIONS: &[Opt] = &[value('o', "orig-version", "version of converting file"), HELP, TIME];
@@ -148,11 +161,32 @@ const fn row(
     run: Option<Handler>,
 ) -> Subcommand {
     let Needs(needs_nodes, needs_operand) = needs;
-    Subcommand { name, help, operands, letters, needs_nodes, needs_operand, nested: &[], run }
+    Subcommand {
+        name,
+        hidden: false,
+        json: false,
+        help,
+        operands,
+        letters,
+        needs_nodes,
+        needs_operand,
+        nested: &[],
+        run,
+    }
 }
 
 const fn with(row: Subcommand, nested: &'static [Subcommand]) -> Subcommand {
     Subcommand { nested, ..row }
+}
+
+/// A row that understands `--json`.
+const fn json(row: Subcommand) -> Subcommand {
+    Subcommand { json: true, ..row }
+}
+
+/// A row of ours among the original's.
+const fn ours(row: Subcommand) -> Subcommand {
+    Subcommand { hidden: true, ..row }
 }
 
 const fn nested(name: &'static str, needs: Needs, help: &'static str, run: Option<Handler>) -> Subcommand {
@@ -185,6 +219,15 @@ pub const COMMANDS: &[Command] = &[
         apply: apply_benchmark,
         subcommands: BENCHMARK,
     },
+    Command { name: "top", hidden: true, options: TOP_OPTIONS, apply: apply_top, subcommands: TOP },
+    Command {
+        name: "completions",
+        hidden: true,
+        options: TEXT_OPTIONS,
+        apply: apply_nothing,
+        subcommands: COMPLETIONS,
+    },
+    Command { name: "man", hidden: true, options: TEXT_OPTIONS, apply: apply_nothing, subcommands: MAN },
     Command { name: "nbd", hidden: true, options: PLAIN_OPTIONS, apply: apply_nothing, subcommands: NBD },
 ];
 
@@ -197,25 +240,30 @@ const VDI: &[Subcommand] = &[
     row("clone", "<src vdi> <dst vdi>", "sPnaphrvT", OPERAND, "clone an image", handler!(vdi::clone::run)),
     row("delete", NAME, "saphTBIm", OPERAND, "delete an image", handler!(vdi::delete::run)),
     row("rollback", NAME, "saphfrvTBI", OPERAND, "rollback to a snapshot", handler!(vdi::rollback::run)),
-    row("list", "[vdiname]", "aprhoT", NOTHING, "list images", handler!(vdi::list::run)),
-    row("tree", "", "aphT", NOTHING, "show images in tree view format", handler!(vdi::tree::run)),
+    json(row("list", "[vdiname]", "aprhoT", NOTHING, "list images", handler!(vdi::list::run))),
+    json(row("tree", "", "aphT", NOTHING, "show images in tree view format", handler!(vdi::tree::run))),
     row("graph", "", "aphT", NOTHING, "show images in Graphviz dot format", handler!(vdi::graph::run)),
     with(
         row("object", NAME, "isaphT", OPERAND, "show object information in the image", None),
         &[
-            nested("location", BOTH, "show object location information", handler!(vdi::object::location)),
-            nested("map", OPERAND, "show object map information", handler!(vdi::object::map)),
+            json(nested(
+                "location",
+                BOTH,
+                "show object location information",
+                handler!(vdi::object::location),
+            )),
+            json(nested("map", OPERAND, "show object map information", handler!(vdi::object::map))),
             nested("dump-inode", OPERAND, "dump inode information", handler!(vdi::dump_inode::run)),
         ],
     ),
-    row(
+    json(row(
         "track",
         NAME,
         "isaphoT",
         BOTH,
         "show the object epoch trace in the image",
         handler!(vdi::track::run),
-    ),
+    )),
     row(
         "setattr",
         "<vdiname> <key> [value]",
@@ -262,16 +310,40 @@ const VDI: &[Subcommand] = &[
     with(
         row("lock", "", "saphT", OPERAND, "See 'dog vdi lock' for more information", None),
         &[
-            nested("list", NOTHING, "list locked VDIs", handler!(vdi::lock::list)),
+            json(nested("list", NOTHING, "list locked VDIs", handler!(vdi::lock::list))),
             nested("unlock", OPERAND, "unlock locked VDI forcibly", handler!(vdi::lock::unlock)),
         ],
     ),
+    ours(json(row(
+        "du",
+        "[vdiname]",
+        "aprhT",
+        NOTHING,
+        "show the space that images use",
+        handler!(vdi::du::run),
+    ))),
+    ours(row(
+        "import",
+        "<vdiname> <file|-|http(s)://...>",
+        "OyczaphT",
+        OPERAND,
+        "create an image from a file, standard input or a web server",
+        handler!(vdi::import::run),
+    )),
+    ours(row(
+        "export",
+        "<vdiname> <file|->",
+        "OsfaphT",
+        OPERAND,
+        "write an image to a file or standard output",
+        handler!(vdi::export::run),
+    )),
 ];
 
 const NODE: &[Subcommand] = &[
     row("kill", "<node id>", "aprhlT", NODES, "kill node", handler!(node::kill::run)),
-    row("list", "", "aprhT", NODES, "list nodes", handler!(node::list::run)),
-    row("info", "", "aprhT", NODES, "show information about each node", handler!(node::info::run)),
+    json(row("list", "", "aprhT", NODES, "list nodes", handler!(node::list::run))),
+    json(row("info", "", "aprhT", NODES, "show information about each node", handler!(node::info::run))),
     with(
         row(
             "recovery",
@@ -282,33 +354,45 @@ const NODE: &[Subcommand] = &[
             None,
         ),
         &[
-            nested(
+            json(nested(
                 "info",
                 NODES,
                 "show recovery information of nodes (default)",
                 handler!(node::recovery::info),
-            ),
+            )),
             nested("set-throttle", BOTH, "set new throttling", handler!(node::recovery::set_throttle)),
-            nested("get-throttle", NODES, "get current throttling", handler!(node::recovery::get_throttle)),
+            json(nested(
+                "get-throttle",
+                NODES,
+                "get current throttling",
+                handler!(node::recovery::get_throttle),
+            )),
         ],
     ),
     with(
         row("md", "[disks]", "aprAfhT", OPERAND, "See 'dog node md' for more information", None),
         &[
-            nested("info", NODES, "show multi-disk information", handler!(node::md::info)),
+            json(nested("info", NODES, "show multi-disk information", handler!(node::md::info))),
             nested("plug", OPERAND, "plug more disk(s) into node", handler!(node::md::plug)),
             nested("unplug", OPERAND, "unplug disk(s) from node", handler!(node::md::unplug)),
         ],
     ),
-    row("stat", "", "aprwhT", NOTHING, "show stat information about the node", handler!(node::stat::run)),
+    json(row(
+        "stat",
+        "",
+        "aprwhT",
+        NOTHING,
+        "show stat information about the node",
+        handler!(node::stat::run),
+    )),
     with(
         row("log", "", "aphT", OPERAND, "show or set log level of the node", None),
         &[with(
             nested("level", OPERAND, "manipulate loglevel", None),
             &[
                 nested("set", OPERAND, "set new loglevel", handler!(node::loglevel::set)),
-                nested("get", NOTHING, "get current loglevel", handler!(node::loglevel::get)),
-                nested("list", NOTHING, "list available loglevels", handler!(node::loglevel::list)),
+                json(nested("get", NOTHING, "get current loglevel", handler!(node::loglevel::get))),
+                json(nested("list", NOTHING, "list available loglevels", handler!(node::loglevel::list))),
             ],
         )],
     ),
@@ -327,7 +411,7 @@ const NODE: &[Subcommand] = &[
 ];
 
 const CLUSTER: &[Subcommand] = &[
-    row("info", "", "aprhvTd", NODES, "show cluster information", handler!(cluster::info::run)),
+    json(row("info", "", "aprhvTd", NODES, "show cluster information", handler!(cluster::info::run))),
     row("format", "", "bcltaphzTVRfF", NODES, "create a Sheepdog store", handler!(cluster::format::run)),
     row("shutdown", "", "aphT", NOTHING, "stop Sheepdog", handler!(cluster::shutdown)),
     with(
@@ -341,9 +425,9 @@ const CLUSTER: &[Subcommand] = &[
         ),
         &[
             nested("save", BOTH, "save snapshot to localpath", handler!(cluster::snapshot::save)),
-            nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::list)),
+            json(nested("list", OPERAND, "list snapshot of localpath", handler!(cluster::snapshot::list))),
             nested("load", BOTH, "load snapshot from localpath", handler!(cluster::snapshot::load)),
-            nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::show)),
+            json(nested("show", BOTH, "show vdi list from snapshot", handler!(cluster::snapshot::show))),
         ],
     ),
     with(
@@ -369,6 +453,14 @@ const CLUSTER: &[Subcommand] = &[
         "set the cluster's redundancy level",
         handler!(cluster::alter_copy::run),
     ),
+    ours(json(row(
+        "health",
+        "",
+        "aphT",
+        NOTHING,
+        "tell whether the cluster is healthy (status 0), degraded (1) or in danger (2)",
+        handler!(cluster::health::run),
+    ))),
 ];
 
 const NFS: &[Subcommand] = &[
@@ -422,3 +514,15 @@ const NBD: &[Subcommand] = &[row(
     "serve volumes to NBD clients",
     handler!(nbd::serve),
 )];
+
+const TOP: &[Subcommand] =
+    &[json(row("", "", "oiaph", NOTHING, "watch nodes, requests, recovery and space", handler!(top::run)))];
+
+const COMPLETIONS: &[Subcommand] = &[
+    row("bash", "", "h", NOTHING, "print the completion script for bash", handler!(completions::bash)),
+    row("zsh", "", "h", NOTHING, "print the completion script for zsh", handler!(completions::zsh)),
+    row("fish", "", "h", NOTHING, "print the completion script for fish", handler!(completions::fish)),
+];
+
+const MAN: &[Subcommand] =
+    &[row("", "", "h", NOTHING, "print the manual page dog(8)", handler!(manual::run))];

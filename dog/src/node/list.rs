@@ -2,9 +2,27 @@
 
 use crate::context::Context;
 use crate::exit::Outcome;
+use crate::json;
+use serde_json::json;
 
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
+    if context.options.json {
+        let nodes: Vec<_> = context
+            .cluster
+            .nodes
+            .iter()
+            .enumerate()
+            .map(|(id, node)| {
+                json::with(
+                    json::node(id, node),
+                    json!({ "vnodes": node.nr_vnodes, "zone": node.zone, "space": node.space }),
+                )
+            })
+            .collect();
+        json::print(&json!({ "epoch": context.cluster.epoch.0, "nodes": nodes }));
+        return Ok(());
+    }
     if !context.options.raw {
         out!("  Id   Host:Port         V-Nodes       Zone\n");
     }

@@ -1,9 +1,11 @@
 //! `dog node log level set|get|list` (spec 07, 13.7). Results go to stderr.
 
+use serde_json::json;
 use sheepdog_proto::{Flags, Opcode, Request, Wire};
 
 use crate::context::Context;
 use crate::exit::{MINUS_ONE, Outcome, Stop, fail};
+use crate::json;
 use crate::out;
 use crate::session::success;
 
@@ -20,7 +22,12 @@ fn failed() -> Stop {
 }
 
 /// Runs `log level list`.
-pub async fn list(_context: &Context) -> Outcome {
+pub async fn list(context: &Context) -> Outcome {
+    if context.options.json {
+        let level = |(number, name)| json!({ "level": number, "name": name });
+        json::print(&json!({ "levels": LEVELS.iter().enumerate().map(level).collect::<Vec<_>>() }));
+        return Ok(());
+    }
     log_levels();
     Ok(())
 }
@@ -30,7 +37,12 @@ pub async fn get(context: &Context) -> Outcome {
     let request = Request::new(Opcode::GET_LOGLEVEL).length(i32::SIZE);
     let reply = success(context.session.ask(request).await).map_err(|_| failed())?;
     let level = i32::decode(&reply.data).map_err(|_| failed())?;
-    match usize::try_from(level).ok().and_then(|level| LEVELS.get(level)) {
+    let name = usize::try_from(level).ok().and_then(|level| LEVELS.get(level));
+    if context.options.json {
+        json::print(&json!({ "level": level, "name": name }));
+        return Ok(());
+    }
+    match name {
         Some(name) => out::log(format_args!("{name} ({level})")),
         None => out::log(format_args!("unknown loglevel ({level})")),
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde_json::json;
 use sheepdog_proto::admin::{
     RECOVERY_NOTIFY, RECOVERY_OBJECTS, RECOVERY_PREPARE, RecoveryState, RecoveryThrottling,
 };
@@ -10,6 +11,7 @@ use sheepdog_proto::{Flags, NodeId, NodeRecord, Opcode, Request, ResultCode, Wir
 
 use crate::context::Context;
 use crate::exit::{BAD_ARGUMENT, FAILURE, MINUS_ONE, Outcome, SYSTEM, Stop, fail};
+use crate::json;
 use crate::numbers::parse_whole;
 use crate::out::{self, text};
 use crate::session::success;
@@ -20,10 +22,12 @@ const POLL: Duration = Duration::from_secs(1);
 
 /// Runs `recovery` and `recovery info`.
 pub async fn info(context: &Context) -> Outcome {
-    if context.options.progress {
+    if context.options.progress && !context.options.json {
         return follow(context).await;
     }
-    if !context.options.raw {
+    let as_json = context.options.json;
+    let mut rows = Vec::new();
+    if !context.options.raw && !as_json {
         out!("Nodes In Recovery:\n  Id   Host:Port         V-Nodes       Zone       Progress\n");
     }
     for (id, node) in context.cluster.nodes.iter().enumerate() {
@@ -31,11 +35,37 @@ pub async fn info(context: &Context) -> Outcome {
             Problem::Transport => FAILURE,
             Problem::Result(code) => fail(FAILURE, code),
         })?;
-        if state.in_recovery != 0 {
+        if as_json {
+            rows.push(json::with(json::node(id, node), fields(&state)));
+        } else if state.in_recovery != 0 {
             print_row(context, id, node, &state);
         }
     }
+    if as_json {
+        json::print(&json!({ "nodes": rows }));
+    }
     Ok(())
+}
+
+/// The fields that tell of a node's recovery.
+pub fn fields(state: &RecoveryState) -> serde_json::Value {
+    json!({
+        "recovering": state.in_recovery != 0,
+        "phase": phase(state),
+        "finished": state.nr_finished,
+        "total": state.nr_total,
+    })
+}
+
+/// What a node's recovery is doing.
+pub fn phase(state: &RecoveryState) -> &'static str {
+    match state.state {
+        _ if state.in_recovery == 0 => "idle",
+        RECOVERY_PREPARE => "preparing",
+        RECOVERY_OBJECTS => "copying",
+        RECOVERY_NOTIFY => "notifying",
+        _ => "unknown",
+    }
 }
 
 fn print_row(context: &Context, id: usize, node: &NodeRecord, state: &RecoveryState) {
@@ -130,6 +160,11 @@ pub async fn get_throttle(context: &Context) -> Outcome {
     let failed = || fail(MINUS_ONE, "Failed to execute request");
     let reply = success(context.session.ask(request).await).map_err(|_| failed())?;
     let limits = RecoveryThrottling::decode(&reply.data).map_err(|_| failed())?;
+    if context.options.json {
+        let interval = limits.queue_work_interval;
+        json::print(&json!({ "max": limits.max_exec_count, "interval_ms": interval }));
+        return Ok(());
+    }
     out::log(format_args!("max ({}), interval ({})", limits.max_exec_count, limits.queue_work_interval));
     Ok(())
 }

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use sheepdog_proto::admin::SdStat;
 use sheepdog_proto::{Opcode, Request, Wire};
 
 use crate::context::Context;
-use crate::exit::{FAILURE, Outcome, SYSTEM, Stop, fail};
+use crate::exit::{BAD_ARGUMENT, FAILURE, Outcome, SYSTEM, Stop, fail};
+use crate::json;
 use crate::numbers::human_size;
 use crate::session::{Failed, success};
 
@@ -54,14 +56,38 @@ fn peer(stat: &SdStat) -> Counters {
     }
 }
 
+/// The counters of both kinds; here reads are under "read".
+fn counters(stat: &SdStat) -> Value {
+    let fields = |c: Counters| {
+        json!({
+            "active": c.active,
+            "total": c.total,
+            "read": c.read,
+            "write": c.write,
+            "remove": c.remove,
+            "flush": c.flush,
+            "written_bytes": c.rx,
+            "read_bytes": c.tx,
+        })
+    };
+    json!({ "client": fields(client(stat)), "peer": fields(peer(stat)) })
+}
+
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
     let raw = context.options.raw;
     let size = |bytes: u64| if raw { bytes.to_string() } else { human_size(bytes) };
+    if context.options.watch && context.options.json {
+        return Err(fail(BAD_ARGUMENT, "--json prints one document: do not use it with -w"));
+    }
     if context.options.watch {
         return watch(context, size).await;
     }
     let stat = fetch(context).await?;
+    if context.options.json {
+        json::print(&counters(&stat));
+        return Ok(());
+    }
     if !raw {
         out!("Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD\n");
     }

@@ -20,7 +20,7 @@ use crate::vdi::ahead;
 /// Largest hypervolume, bytes.
 pub const MAX_HYPER_SIZE: u64 = 1 << 54;
 /// Block size of hypervolumes.
-const HYPER_SHIFT: u8 = 22;
+pub const HYPER_SHIFT: u8 = 22;
 /// Objects created at the same time.
 const CREATE_AHEAD: usize = 8;
 
@@ -63,7 +63,7 @@ pub async fn run(context: &Context) -> Outcome {
 }
 
 /// The cluster's default block size shift.
-async fn default_shift(session: &Session, name: &[u8]) -> Result<u8, Stop> {
+pub async fn default_shift(session: &Session, name: &[u8]) -> Result<u8, Stop> {
     let failed = |stop, why: &dyn std::fmt::Display| {
         fail(stop, format_args!("Failed to create VDI {}: {why}", text(name)))
     };
@@ -76,7 +76,8 @@ async fn default_shift(session: &Session, name: &[u8]) -> Result<u8, Stop> {
     Ok(info.block_size_shift)
 }
 
-fn check_size(size: u64, shift: u8, hyper: bool) -> Outcome {
+/// Refuses sizes that no image can have; failures are reported.
+pub fn check_size(size: u64, shift: u8, hyper: bool) -> Outcome {
     if hyper {
         return if size > MAX_HYPER_SIZE { Err(fail(Stop::Usage, "VDI size is too large")) } else { Ok(()) };
     }

@@ -1,11 +1,13 @@
 //! `dog vdi list` (spec 07, 8.1).
 
 use futures_util::StreamExt;
+use serde_json::{Value, json};
 use sheepdog_proto::redundancy::format_copies;
 
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome};
 use crate::inode::{Inode, Part};
+use crate::json;
 use crate::numbers::{day_and_minute, human_size, seconds};
 use crate::out;
 use crate::vdi::{kind, pad_left, pad_right};
@@ -17,7 +19,8 @@ const HEADING: &str =
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
     let raw = context.options.raw;
-    if !raw {
+    let as_json = context.options.json;
+    if !raw && !as_json {
         out::write(HEADING.as_bytes());
     }
     let name = context.arg(0);
@@ -25,6 +28,7 @@ pub async fn run(context: &Context) -> Outcome {
     if oid.is_some_and(|oid| !oid.is_data()) {
         return Err(FAILURE);
     }
+    let mut rows = Vec::new();
     let mut inodes = walk(&context.session, Part::Map).await?;
     while let Some(inode) = inodes.next().await {
         let wanted = match (name, oid) {
@@ -32,15 +36,26 @@ pub async fn run(context: &Context) -> Outcome {
             (None, Some(oid)) => inode.map.get(oid.index().into()) == oid.vid(),
             (None, None) => true,
         };
-        if wanted {
+        if wanted && as_json {
+            rows.push(document(&inode));
+        } else if wanted {
             out::write(&if raw { raw_row(&inode) } else { row(&inode) });
         }
+    }
+    if as_json {
+        json::print(&json!({ "vdis": rows }));
     }
     Ok(())
 }
 
+fn document(inode: &Inode) -> Value {
+    let (own, shared) = usage(inode);
+    let clone = kind(&inode.header, ' ') == 'c';
+    json::with(json::vdi(inode), json!({ "clone": clone, "used": own, "shared": shared }))
+}
+
 /// Bytes in own blocks and in blocks of other VDIs.
-fn usage(inode: &Inode) -> (u64, u64) {
+pub fn usage(inode: &Inode) -> (u64, u64) {
     let (mut own, mut shared) = (0, 0);
     for (_, owner) in inode.map.allocated() {
         *if owner == inode.vid() { &mut own } else { &mut shared } += 1;
@@ -71,12 +86,7 @@ fn raw_row(inode: &Inode) -> Vec<u8> {
     let header = &inode.header;
     let (own, shared) = usage(inode);
     let mut row = format!("{} ", kind(header, '=')).into_bytes();
-    for byte in header.name() {
-        if byte.is_ascii_whitespace() || matches!(byte, 0x0b | b'\\') {
-            row.push(b'\\');
-        }
-        row.push(*byte);
-    }
+    row.extend(escaped(header.name()));
     let middle = format!(
         " {} {} {own} {shared} {} {} {} ",
         inode.shown_id(),
@@ -88,4 +98,16 @@ fn raw_row(inode: &Inode) -> Vec<u8> {
     let end = format!(" {}\n", header.block_size_shift);
     row.extend([middle.as_bytes(), header.tag(), end.as_bytes()].concat());
     row
+}
+
+/// A name in a raw listing: a backslash before white space and backslashes.
+pub fn escaped(name: &[u8]) -> Vec<u8> {
+    let mut field = Vec::new();
+    for byte in name {
+        if byte.is_ascii_whitespace() || matches!(byte, 0x0b | b'\\') {
+            field.push(b'\\');
+        }
+        field.push(*byte);
+    }
+    field
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use futures_util::StreamExt;
+use serde_json::{Value, json};
 use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::vdi_state::{
     LOCKED, PART_INVALIDATED, PART_MODIFIED, PART_SHARED, SHARED, UNLOCKED, VdiState,
@@ -13,6 +14,7 @@ use crate::args::Snapshot;
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, SYSTEM, Stop, fail};
 use crate::inode::Part;
+use crate::json;
 use crate::objects::lookup;
 use crate::out::{self, text};
 use crate::session::Session;
@@ -48,10 +50,18 @@ async fn states(session: &Session) -> Result<BTreeMap<VdiId, VdiState>, Stop> {
 /// Runs `lock list`.
 pub async fn list(context: &Context) -> Outcome {
     let states = states(&context.session).await?;
-    out!("  Name         Id  VDI id  Tag            Owner node(s)\n");
+    let as_json = context.options.json;
+    let mut rows = Vec::new();
+    if !as_json {
+        out!("  Name         Id  VDI id  Tag            Owner node(s)\n");
+    }
     let mut inodes = walk(&context.session, Part::Header).await?;
     while let Some(inode) = inodes.next().await {
         let Some(state) = states.get(&inode.vid()).filter(|s| s.lock_state != UNLOCKED) else { continue };
+        if as_json {
+            rows.push(json::with(json::vdi(&inode), lock_fields(state)));
+            continue;
+        }
         let header = &inode.header;
         let head = format!("{} ", kind(header, ' '));
         let middle = format!("  {:5}  {:6x}  ", inode.shown_id(), inode.vid().get());
@@ -59,7 +69,31 @@ pub async fn list(context: &Context) -> Outcome {
         let end = format!(" {}\n", owners(state));
         out::write(&[head.as_bytes(), &name, middle.as_bytes(), &tag, end.as_bytes()].concat());
     }
+    if as_json {
+        json::print(&json!({ "locks": rows }));
+    }
     Ok(())
+}
+
+/// Kind and owners of a lock.
+fn lock_fields(state: &VdiState) -> Value {
+    let (kind, owners) = match state.lock_state {
+        LOCKED => ("exclusive", vec![json!({ "address": state.lock_owner.to_string(), "state": "locked" })]),
+        SHARED => {
+            let owner = |(node, part): (&sheepdog_proto::NodeId, u32)| {
+                let state = participant_state(part);
+                json!({ "address": node.to_string(), "state": state.trim_matches(['(', ')']) })
+            };
+            ("shared", participants(state).map(owner).collect())
+        }
+        _ => ("unknown", Vec::new()),
+    };
+    json!({ "lock": kind, "owners": owners })
+}
+
+fn participants(state: &VdiState) -> impl Iterator<Item = (&sheepdog_proto::NodeId, u32)> {
+    let count = (state.nr_participants as usize).min(MAX_COPIES);
+    state.participants.iter().zip(state.participants_state).take(count)
 }
 
 /// The owners, each with a blank before it.
@@ -67,9 +101,7 @@ fn owners(state: &VdiState) -> String {
     match state.lock_state {
         LOCKED => format!(" {}", state.lock_owner),
         SHARED => {
-            let count = (state.nr_participants as usize).min(MAX_COPIES);
-            let participants = state.participants.iter().zip(state.participants_state).take(count);
-            participants.map(|(node, part)| format!(" {node}{}", participant_state(part))).collect()
+            participants(state).map(|(node, part)| format!(" {node}{}", participant_state(part))).collect()
         }
         _ => String::new(),
     }

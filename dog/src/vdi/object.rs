@@ -2,12 +2,14 @@
 
 use bytes::Bytes;
 use futures_util::future::join_all;
+use serde_json::{Value, json};
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, Stop, fail};
 use crate::inode::{Inode, Part, open};
+use crate::json;
 use crate::{out, placement};
 
 /// Runs `object map`.
@@ -17,6 +19,15 @@ pub async fn map(context: &Context) -> Outcome {
     let inode = open(&context.session, name, options.snapshot.as_ref(), Part::Map)
         .await
         .map_err(|_| fail(FAILURE, format_args!("FATAL: {} not found", context.arg_text(0))))?;
+    if options.json {
+        let block = |index: u64, owner: VdiId| json!({ "index": index, "vdi_id": json::vid(owner) });
+        let objects: Vec<Value> = match options.index {
+            Some(index) => vec![block(index, inode.map.get(index))],
+            None => inode.map.allocated().map(|(index, owner)| block(index.into(), owner)).collect(),
+        };
+        json::print(&json!({ "vdi_id": json::vid(inode.vid()), "objects": objects }));
+        return Ok(());
+    }
     out!("Index       VID\n");
     let row = |index: u64, owner: VdiId| out!("{index:08} {:8x}\n", owner.get());
     match options.index {
@@ -40,6 +51,9 @@ pub async fn location(context: &Context) -> Outcome {
     let nodes = context.cluster.nodes.len();
     let vid = inode.vid();
     let copies = inode.header.nr_copies;
+    if context.options.json {
+        return location_json(context, &inode).await;
+    }
     let oid = match context.options.index {
         None => {
             out!("Looking for the inode object 0x{vid} with {nodes} nodes\n\n");
@@ -66,8 +80,33 @@ pub async fn location(context: &Context) -> Outcome {
     print_expected(context, oid, copies.into())
 }
 
-/// Asks every node whether it has the object; answers are printed in node order.
-async fn ask_everyone(context: &Context, oid: Oid) {
+async fn location_json(context: &Context, inode: &Inode) -> Outcome {
+    let oid = match context.options.index {
+        None => Oid::inode(inode.vid()),
+        Some(index) => inode.block(index).filter(|_| index <= u32::MAX.into()).ok_or_else(|| {
+            fail(FAILURE, format_args!("The inode object 0x{} idx {index} is not allocated", inode.vid()))
+        })?,
+    };
+    let nodes = &context.cluster.nodes;
+    let ring = placement::ring(nodes)?;
+    let copies = usize::from(inode.header.nr_copies).min(ring.nr_zones());
+    let expected: Vec<_> = ring.nodes_of(oid, copies).map(|node| node.nid).collect();
+    let answers = answers(context, oid).await;
+    let rows = nodes.iter().zip(answers).enumerate().map(|(id, (node, answer))| {
+        let state = match answer {
+            None => "unreachable".to_string(),
+            Some(ResultCode::SUCCESS) => "present".into(),
+            Some(ResultCode::NO_OBJ) => "absent".into(),
+            Some(other) => other.to_string(),
+        };
+        json::with(json::node(id, node), json!({ "state": state, "expected": expected.contains(&node.nid) }))
+    });
+    json::print(&json!({ "oid": oid.to_string(), "nodes": rows.collect::<Vec<_>>() }));
+    Ok(())
+}
+
+/// Asks every node whether it has the object; `None` for nodes that do not answer.
+async fn answers(context: &Context, oid: Oid) -> Vec<Option<ResultCode>> {
     let ask = |node: NodeId| async move {
         // Nodes that cannot be reached are left out of the output.
         if !context.session.reach(&node).await {
@@ -78,8 +117,13 @@ async fn ask_everyone(context: &Context, oid: Oid) {
         let reply = context.session.send(&node, request, Bytes::new()).await.ok()?;
         Some(reply.response.result)
     };
+    join_all(context.cluster.nodes.iter().map(|node| ask(node.nid))).await
+}
+
+/// Asks every node whether it has the object; answers are printed in node order.
+async fn ask_everyone(context: &Context, oid: Oid) {
     let nodes = &context.cluster.nodes;
-    let results = join_all(nodes.iter().map(|node| ask(node.nid))).await;
+    let results = answers(context, oid).await;
     for (node, result) in nodes.iter().zip(results) {
         let place = node.nid.host_port();
         match result {

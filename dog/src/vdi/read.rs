@@ -2,14 +2,17 @@
 //!
 //! Objects are read several at a time and written in order.
 
+use std::ops::Range;
+
 use futures_util::{StreamExt, stream};
 use sheepdog_proto::Flags;
 
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, SYSTEM, fail};
-use crate::inode::{Part, open};
+use crate::inode::{Inode, Part, open};
 use crate::objects::{read, report_read};
 use crate::out::errno_text;
+use crate::session::Session;
 use crate::vdi::stream::{Output, Writer};
 use crate::vdi::{ahead, pieces, range_operands};
 
@@ -27,8 +30,12 @@ pub async fn run(context: &Context) -> Outcome {
     if range.start > size {
         return Err(fail(FAILURE, "Read offset is beyond the end of the VDI"));
     }
-    let inode = &inode;
-    let mut data = stream::iter(pieces(range.start..range.end.min(size), inode.header.block_size()))
+    to_stdout(session, &inode, range.start..range.end.min(size)).await
+}
+
+/// Writes a range of bytes of an image to stdout.
+pub async fn to_stdout(session: &Session, inode: &Inode, range: Range<u64>) -> Outcome {
+    let mut data = stream::iter(pieces(range, inode.header.block_size()))
         .map(|piece| async move {
             let Some(oid) = inode.block(piece.index) else { return Ok(Output::Zeros(piece.length)) };
             let data = read(session, oid, piece.offset, piece.length, Flags::NONE).await;

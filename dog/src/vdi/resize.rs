@@ -5,8 +5,9 @@ use sheepdog_proto::{MAX_DATA_OBJS, Oid};
 use crate::args::size_operand;
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, Stop, fail};
-use crate::inode::{Part, open};
+use crate::inode::{InodeHeader, Part, open};
 use crate::objects::Write;
+use crate::session::Session;
 use crate::vdi::create::MAX_HYPER_SIZE;
 
 /// Offset of the size in an inode.
@@ -33,9 +34,12 @@ pub async fn run(context: &Context) -> Outcome {
     if size < header.vdi_size {
         return Err(fail(Stop::Usage, "Shrinking VDIs is not implemented"));
     }
-    let write = Write::new(header, Oid::inode(inode.vid()), SIZE_OFFSET, size.to_le_bytes().to_vec());
-    write
-        .send_or_report(&context.session)
-        .await
-        .map_err(|_| fail(FAILURE, "Failed to update an inode header"))
+    set_size(&context.session, header, size).await
+}
+
+/// Writes the size into an inode; failures are reported.
+pub async fn set_size(session: &Session, header: &InodeHeader, size: u64) -> Outcome {
+    let write = Write::new(header, Oid::inode(header.vdi_id), SIZE_OFFSET, size.to_le_bytes().to_vec());
+    let written = write.send_or_report(session).await;
+    written.map_err(|_| fail(FAILURE, "Failed to update an inode header"))
 }

@@ -1,11 +1,13 @@
 //! `dog vdi track` (spec 07, 11.4): where an object belonged in every epoch.
 
+use serde_json::json;
 use sheepdog_proto::{NodeRecord, Oid, ResultCode};
 
 use crate::cluster::epochs::{self, Epochs};
 use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, SYSTEM, fail};
 use crate::inode::Part;
+use crate::json;
 use crate::placement;
 use crate::vdi::object::open_for_objects;
 
@@ -16,13 +18,17 @@ pub async fn run(context: &Context) -> Outcome {
     let inode = open_for_objects(context, part).await?;
     let nodes = context.cluster.nodes.len();
     let vid = inode.vid();
+    // What comes before the epochs is for people only.
+    macro_rules! say {
+        ($($arg:tt)*) => { if !options.json { out!($($arg)*) } };
+    }
     let oid = match (options.oid, options.index) {
         (Some(oid), _) => {
-            out!("Tracking the object {oid} (the inode vid 0x{vid}) with {nodes} nodes\n");
+            say!("Tracking the object {oid} (the inode vid 0x{vid}) with {nodes} nodes\n");
             oid
         }
         (None, None) => {
-            out!("Tracking the inode object 0x{vid} with {nodes} nodes\n");
+            say!("Tracking the inode object 0x{vid} with {nodes} nodes\n");
             Oid::inode(vid)
         }
         (None, Some(index)) if index > u32::MAX.into() => {
@@ -31,7 +37,7 @@ pub async fn run(context: &Context) -> Outcome {
         }
         (None, Some(index)) => {
             let oid = Oid::data(inode.map.get(index), index as u32);
-            out!("Tracking the object {oid} (the inode vid 0x{vid} idx {index}) with {nodes} nodes\n");
+            say!("Tracking the object {oid} (the inode vid 0x{vid} idx {index}) with {nodes} nodes\n");
             oid
         }
     };
@@ -41,17 +47,26 @@ pub async fn run(context: &Context) -> Outcome {
         return Err(fail(FAILURE, result));
     }
     let copies = usize::from(inode.header.nr_copies);
+    let mut rows = Vec::new();
     for epoch in &list {
-        out!("\nobj {oid} locations at epoch {}, copies = {copies}\n", epoch.record.epoch);
-        out!("---------------------------------------------------\n");
+        say!("\nobj {oid} locations at epoch {}, copies = {copies}\n", epoch.record.epoch);
+        say!("---------------------------------------------------\n");
         let places: Vec<NodeRecord> = if epoch.nodes.len() < copies {
             epoch.nodes.clone()
         } else {
             placement::ring(&epoch.nodes)?.nodes_of(oid, copies).copied().collect()
         };
+        if options.json {
+            let places: Vec<String> = places.iter().map(|node| node.nid.host_port()).collect();
+            rows.push(json!({ "epoch": epoch.record.epoch.0, "nodes": places }));
+            continue;
+        }
         for node in places {
             out!("{}\n", node.nid.host_port());
         }
+    }
+    if options.json {
+        json::print(&json!({ "oid": oid.to_string(), "epochs": rows }));
     }
     Ok(())
 }

@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 
 use futures_util::StreamExt;
+use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::exit::Outcome;
 use crate::inode::Part;
+use crate::json;
 use crate::numbers::{day_and_minute, seconds};
 use crate::out;
 use crate::walk::walk;
@@ -24,6 +26,9 @@ struct Node {
 
 /// Runs the command.
 pub async fn run(context: &Context) -> Outcome {
+    if context.options.json {
+        return as_json(context).await;
+    }
     let mut forest = Forest::default();
     let mut inodes = walk(&context.session, Part::Header).await?;
     while let Some(inode) = inodes.next().await {
@@ -49,6 +54,14 @@ pub async fn run(context: &Context) -> Outcome {
         Painter { highlight, levels: Vec::new() }.subtree(&root, &mut text);
         out::write(&[&root.name[..], &text, b"\n"].concat());
     }
+    Ok(())
+}
+
+/// All VDIs with their parents: a flat list, since chains may be thousands of snapshots long.
+async fn as_json(context: &Context) -> Outcome {
+    let inodes = walk(&context.session, Part::Header).await?;
+    let rows: Vec<Value> = inodes.map(|inode| Value::Object(json::vdi(&inode))).collect().await;
+    json::print(&json!({ "vdis": rows }));
     Ok(())
 }
 

@@ -9,6 +9,7 @@ pub mod localtime;
 pub mod log;
 mod log_format;
 mod log_writer;
+pub mod manual;
 pub mod options;
 mod process;
 mod suboptions;

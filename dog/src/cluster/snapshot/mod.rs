@@ -6,11 +6,13 @@ mod load;
 mod log;
 mod save;
 
+use serde_json::json;
 use sheepdog_proto::{ObjectKind, Oid, cstr};
 
 use crate::context::Context;
 use crate::exit::{Outcome, SYSTEM, Stop, fail};
 use crate::inode::InodeHeader;
+use crate::json;
 use crate::numbers::{ctime, parse_long};
 use crate::out::{self, text};
 
@@ -31,6 +33,15 @@ pub async fn list(context: &Context) -> Outcome {
     let failed = |e| failed(e, "Fail to list snapshot.");
     let content = Content::open(context.name()?).map_err(failed)?;
     let log = Log::read(&content).map_err(failed)?;
+    if context.options.json {
+        let snapshot = |record: &Record| {
+            let tag = text(cstr(&record.tag)).into_owned();
+            let (index, time) = (record.index, record.time);
+            json!({ "index": index, "tag": tag, "time": time })
+        };
+        json::print(&json!({ "snapshots": log.records.iter().map(snapshot).collect::<Vec<_>>() }));
+        return Ok(());
+    }
     out!("Index\t\tTag\t\tSnapshot Time\n");
     for record in &log.records {
         let time = ctime(record.time);
@@ -48,6 +59,7 @@ pub async fn show(context: &Context) -> Outcome {
     let (content, _, record) = find(path, context.name()?).map_err(failed)?;
     let names = &context.args[2..];
     let mut number = 0;
+    let mut rows = Vec::new();
     for entry in content.trunk(&record.trunk).map_err(failed)? {
         if entry.oid.kind() != ObjectKind::Inode {
             continue;
@@ -56,8 +68,15 @@ pub async fn show(context: &Context) -> Outcome {
         if names.is_empty() || is_named(&header, names) {
             number += 1;
             let (name, tag) = (text(header.name()), text(header.tag()));
+            if context.options.json {
+                rows.push(json!({ "vdi_id": json::vid(header.vdi_id), "name": name, "tag": tag }));
+                continue;
+            }
             out::log(format_args!("{number}. VDI id: {}, name: {name}, tag: {tag}", header.vdi_id));
         }
+    }
+    if context.options.json {
+        json::print(&json!({ "vdis": rows }));
     }
     Ok(())
 }

@@ -151,6 +151,14 @@ async fn serve(
     }
     server.serve_unix(unix, stopping.clone());
 
+    // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs.
+    let nbd_listeners = crate::nbd::bind(options).await?;
+    let pidfile = match &options.pidfile {
+        Some(path) => Some(
+            PidFile::create(path).map_err(|e| format!("failed to pid file '{}' - {e}", path.display()))?,
+        ),
+        None => None,
+    };
     if let Some(reason) = refusal_by_member(&sheep, &*driver, &state).await {
         return Err(format!("{reason}\nfailed to join Sheepdog"));
     }
@@ -160,16 +168,10 @@ async fn serve(
     Task::spawn(sheep.clone(), state, driver.clone(), parts.worker.clone(), events, commands, exit);
     driver.join(record, info).await.map_err(failed)?;
 
-    let pidfile = match &options.pidfile {
-        Some(path) => Some(
-            PidFile::create(path).map_err(|e| format!("failed to pid file '{}' - {e}", path.display()))?,
-        ),
-        None => None,
-    };
     if let Err(error) = std::env::set_current_dir(meta.path()) {
         tracing::warn!("cannot change to {}: {error}", meta.path().display());
     }
-    let nbd = crate::nbd::serve(options, &sheep).await?;
+    let nbd = nbd_listeners.map(|listeners| crate::nbd::serve(listeners, &sheep));
     let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
     if let Some(readiness) = readiness.take() {
         readiness.ready();

@@ -411,6 +411,7 @@ impl Task {
                 return;
             }
         }
+        self.sheep.recovery.launch();
     }
 
     async fn act_one(&mut self, action: Action) {
@@ -445,7 +446,7 @@ impl Task {
                 self.sheep.vdis.set_collecting(true);
                 self.worker.push(Work::CollectLocks(epoch));
             }
-            Action::Recover(round) => self.sheep.recovery.start(round),
+            Action::Recover(round) => self.sheep.recovery.begin(round),
             Action::Gathered(epoch) => self.sheep.recovery.gathered(&self.sheep, epoch).await,
             Action::DropNode(node) => {
                 self.sheep.peers.forget(&node);

@@ -26,7 +26,8 @@ package_of() {
         nbdinfo | nbdcopy) echo libnbd-bin ;;
         qemu-img | qemu-io | qemu-nbd) echo qemu-utils ;;
         ip) echo iproute2 ;;
-        unshare) echo util-linux ;;
+        java) echo default-jre-headless ;;
+        unshare | setpriv) echo util-linux ;;
         python3) echo python3-minimal ;;
         *) echo "$1" ;;
     esac
@@ -46,6 +47,16 @@ need() {
     say "Installing ${missing[*]}"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+}
+
+# The server over which the ZooKeeper tests run; Debian's package has no program of its own.
+need_zookeeper() {
+    need java setpriv
+    [ -e /usr/share/java/zookeeper.jar ] && return
+    command -v apt-get >/dev/null || die "missing: /usr/share/java/zookeeper.jar (Debian's package zookeeper)"
+    say "Installing zookeeper"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends zookeeper
 }
 
 need_cargo() {

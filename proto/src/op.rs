@@ -67,6 +67,7 @@ opcodes! {
     DISABLE_RECOVER = 0xa9;
     GET_VDI_COPIES = 0xab;
     COMPLETE_RECOVERY = 0xac;
+    FLUSH_PEER = 0xae;
     NOTIFY_VDI_ADD = 0xaf;
     DELETE_CACHE = 0xb0;
     MD_INFO = 0xb1;

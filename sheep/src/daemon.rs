@@ -14,6 +14,7 @@ use crate::cluster::state::State;
 use crate::cluster::task::{Task, view_of};
 use crate::cluster::worker::{self, Worker};
 use crate::cluster::{ClusterHandle, handle::Command};
+use crate::disks::{self, Disks};
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::history::History;
@@ -103,9 +104,16 @@ async fn serve(
         None
     } else {
         let failed = disk_failure_handler(handle.clone());
-        Some(tokio::task::block_in_place(|| start::open_store(&meta, options, failed)).map_err(text)?)
+        Some(
+            tokio::task::block_in_place(|| start::open_store(&meta, options, &config, failed))
+                .map_err(text)?,
+        )
     };
     if let Some(opened) = &opened {
+        if opened.incomplete {
+            // Also after an orderly shutdown there is something to recover.
+            config.shutdown = 0;
+        }
         let settled = opened.store.settle().await;
         if settled.moved + settled.failed > 0 {
             tracing::info!("{} objects moved to their disks, {} not", settled.moved, settled.failed);
@@ -132,6 +140,9 @@ async fn serve(
     let state = state.map_err(|e| format!("{e}\nfailed to create sheepdog cluster"))?;
 
     let (parts, sheep) = assemble(options, &meta, handle, &state, opened);
+    if let Some(lease) = driver.lease() {
+        sheep.gate.require(lease);
+    }
     let (exit, exited) = watch::channel(None);
     let (stop, stopping) = watch::channel(false);
     let server = Server::new(sheep.clone());
@@ -140,6 +151,14 @@ async fn serve(
     }
     server.serve_unix(unix, stopping.clone());
 
+    // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs.
+    let nbd_listeners = crate::nbd::bind(options).await?;
+    let pidfile = match &options.pidfile {
+        Some(path) => Some(
+            PidFile::create(path).map_err(|e| format!("failed to pid file '{}' - {e}", path.display()))?,
+        ),
+        None => None,
+    };
     if let Some(reason) = refusal_by_member(&sheep, &*driver, &state).await {
         return Err(format!("{reason}\nfailed to join Sheepdog"));
     }
@@ -149,16 +168,10 @@ async fn serve(
     Task::spawn(sheep.clone(), state, driver.clone(), parts.worker.clone(), events, commands, exit);
     driver.join(record, info).await.map_err(failed)?;
 
-    let pidfile = match &options.pidfile {
-        Some(path) => Some(
-            PidFile::create(path).map_err(|e| format!("failed to pid file '{}' - {e}", path.display()))?,
-        ),
-        None => None,
-    };
     if let Err(error) = std::env::set_current_dir(meta.path()) {
         tracing::warn!("cannot change to {}: {error}", meta.path().display());
     }
-    let nbd = crate::nbd::serve(options, &sheep).await?;
+    let nbd = nbd_listeners.map(|listeners| crate::nbd::serve(listeners, &sheep));
     let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
     if let Some(readiness) = readiness.take() {
         readiness.ready();
@@ -191,7 +204,7 @@ fn disk_failure_handler(handle: ClusterHandle) -> Arc<dyn Fn(DiskFailure) + Send
             handle.leave();
             handle.kill();
         } else {
-            handle.send(Command::Rebuild);
+            handle.send(Command::Rebuild { lost: true });
         }
     })
 }
@@ -226,6 +239,7 @@ impl Parts {
         let Some(queues) = self.queues.lock().take() else { return };
         tokio::spawn(worker::run(sheep.clone(), self.worker.clone(), queues.work));
         tokio::spawn(reclaim::run(sheep.clone(), queues.references));
+        tokio::spawn(disks::watch(sheep.clone()));
         tokio::spawn(recovery::run(sheep.clone(), self.worker.clone(), queues.rounds));
     }
 }
@@ -237,7 +251,7 @@ fn assemble(
     state: &State,
     opened: Option<start::OpenStore>,
 ) -> (Parts, Arc<Sheep>) {
-    let new_disk = opened.as_ref().is_some_and(|o| o.new_disk);
+    let incomplete = opened.as_ref().is_some_and(|o| o.incomplete);
     let throttle = options.recovery.map(|r| RecoveryThrottling {
         max_exec_count: r.max,
         queue_work_interval: r.interval_ms,
@@ -262,7 +276,8 @@ fn assemble(
         cluster,
         recovery,
         holds: Holds::default(),
-        history: History::open(meta.path(), state.epoch(), new_disk),
+        history: History::open(meta.path(), state.epoch(), incomplete),
+        disks: Disks::default(),
         tables: watch::Sender::new(true),
         stats: Stats::default(),
         outstanding: Outstanding::default(),

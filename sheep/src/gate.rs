@@ -4,9 +4,10 @@
 //! cluster task closes the gate and waits for the passes given out (the "write drain barrier" of spec 06, 3.4);
 //! otherwise a late write could land in a replica that another node has already copied.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use sheepdog_cluster::Lease;
 use sheepdog_proto::Epoch;
 use tokio::sync::oneshot;
 
@@ -36,6 +37,7 @@ struct Open {
 #[derive(Default)]
 pub struct Gate {
     open: Mutex<Option<Open>>,
+    lease: OnceLock<Arc<Lease>>,
 }
 
 impl Gate {
@@ -44,6 +46,21 @@ impl Gate {
         let open = self.open.lock();
         let open = open.as_ref().filter(|o| o.epoch == epoch)?;
         Some(Pass { _token: open.token.clone() })
+    }
+
+    /// From now on writes of clients need this lease to be fresh.
+    pub fn require(&self, lease: Arc<Lease>) {
+        let _ = self.lease.set(lease);
+    }
+
+    /// Whether a write may be acknowledged: others have not gone on without this node.
+    pub fn is_fresh(&self) -> bool {
+        self.lease.get().is_none_or(|lease| lease.is_fresh())
+    }
+
+    /// As [`Gate::enter`] for what will be acknowledged; `None` also while the lease is not fresh.
+    pub fn enter_to_acknowledge(&self, epoch: Epoch) -> Option<Pass> {
+        if self.is_fresh() { self.enter(epoch) } else { None }
     }
 
     /// Lets nobody in and waits until everybody is out.

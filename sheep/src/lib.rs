@@ -6,6 +6,7 @@
 
 pub mod cluster;
 pub mod daemon;
+pub mod disks;
 pub mod dispatch;
 pub mod faults;
 pub mod gate;

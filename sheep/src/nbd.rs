@@ -11,19 +11,25 @@ use crate::shell::options::{NbdAddr, Options};
 /// The running NBD server; `None` = none was asked for.
 pub type Running = Option<Arc<Server>>;
 
-/// Listens on every `--nbd` address.
-pub async fn serve(options: &Options, sheep: &Arc<Sheep>) -> Result<Running, String> {
-    if options.nbd.is_empty() {
-        return Ok(None);
-    }
-    let exports = VdiExports::new(Arc::new(InProcess(sheep.clone())), VdiExportsOptions::default());
-    let server = Arc::new(Server::new(Arc::new(exports)));
+/// Listens on every `--nbd` address; `None` = none was given.
+pub async fn bind(options: &Options) -> Result<Option<Vec<(ListenAddr, Listener)>>, String> {
+    let mut listeners = Vec::new();
     for addr in &options.nbd {
         let addr = match addr {
             NbdAddr::Unix(path) => ListenAddr::Unix(path.clone()),
             NbdAddr::Tcp(host, port) => ListenAddr::Tcp(host.clone(), *port),
         };
         let listener = Listener::bind(&addr).await.map_err(|e| format!("cannot serve NBD on {addr}: {e}"))?;
+        listeners.push((addr, listener));
+    }
+    Ok(if listeners.is_empty() { None } else { Some(listeners) })
+}
+
+/// Serves the VDIs of the cluster on these listeners.
+pub fn serve(listeners: Vec<(ListenAddr, Listener)>, sheep: &Arc<Sheep>) -> Arc<Server> {
+    let exports = VdiExports::new(Arc::new(InProcess(sheep.clone())), VdiExportsOptions::default());
+    let server = Arc::new(Server::new(Arc::new(exports)));
+    for (addr, listener) in listeners {
         tracing::info!("serving volumes over NBD on {addr}");
         let server = server.clone();
         tokio::spawn(async move {
@@ -32,7 +38,7 @@ pub async fn serve(options: &Options, sheep: &Arc<Sheep>) -> Result<Running, Str
             }
         });
     }
-    Ok(Some(server))
+    server
 }
 
 /// Ends connections after their requests, releasing the locks of their volumes.

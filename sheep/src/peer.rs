@@ -19,6 +19,8 @@ use crate::view::View;
 
 /// How long a request may wait for an epoch or for the recovery of its object.
 const PARK_LIMIT: Duration = Duration::from_secs(10);
+/// How often a write that waits for the lease looks at it.
+const LEASE_CHECK: Duration = Duration::from_millis(50);
 
 fn failed(request: &Request, result: ResultCode) -> Reply {
     Reply::empty(Response::to(request, result))
@@ -64,16 +66,16 @@ async fn admit_write(
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit(sheep, request, oid).await?;
-        match sheep.gate.enter(request.epoch) {
+        match sheep.gate.enter_to_acknowledge(request.epoch) {
             // In this order: whoever holds an object waits for the passes given out before.
             Some(pass) if !sheep.holds.is_held(oid) => return Ok((view, pass)),
             Some(pass) => {
                 drop(pass);
                 sheep.holds.released(oid).await;
             }
-            // The gate closes shortly before the view changes.
+            // The gate closes shortly before the view changes. An ended lease may be renewed without a change.
             None => {
-                sheep.views.changed_from(&view).await;
+                let _ = tokio::time::timeout(LEASE_CHECK, sheep.views.changed_from(&view)).await;
             }
         }
     }
@@ -89,7 +91,13 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Re
         Opcode::DECREF_PEER => decref(sheep, &request).await,
         _ => Err(ResultCode::INVALID_PARMS),
     };
-    failed(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
+    failed(&request, acknowledged(sheep, outcome.err().unwrap_or(ResultCode::SUCCESS)))
+}
+
+/// What may be said about a write that ended with `code`: not that it succeeded if meanwhile others may have gone on
+/// without this node. It is then repeated, here or where the object has its home by then.
+fn acknowledged(sheep: &Sheep, code: ResultCode) -> ResultCode {
+    if code.is_ok() && !sheep.gate.is_fresh() { ResultCode::NETWORK_ERROR } else { code }
 }
 
 /// A write that needs no waiting goes to the store at once, and `done` gets its answer on the store's thread: no task,
@@ -110,7 +118,7 @@ where
     if check_range(body.offset.into(), payload.len() as u64, size).is_err() {
         return Err((payload, done));
     }
-    let Some(pass) = sheep.gate.enter(request.epoch).filter(|_| sheep.holds.is_free()) else {
+    let Some(pass) = sheep.gate.enter_to_acknowledge(request.epoch).filter(|_| sheep.holds.is_free()) else {
         return Err((payload, done));
     };
     let (sheep, request) = (sheep.clone(), *request);
@@ -118,7 +126,7 @@ where
         drop(pass);
         let _active = sheep.stats.peer(&request);
         let code = result.err().map_or(ResultCode::SUCCESS, |e| crate::faults::peer_result(&sheep, &e));
-        done(failed(&request, code));
+        done(failed(&request, acknowledged(&sheep, code)));
     };
     store.write_with(replica, size, body.offset.into(), payload, Box::new(finish));
     Ok(())

@@ -8,6 +8,7 @@ use sheepdog_store::{MetaDir, Replica, Store};
 use tokio::sync::{Notify, watch};
 
 use crate::cluster::ClusterHandle;
+use crate::disks::Disks;
 use crate::gate::Gate;
 use crate::gateway::Gateway;
 use crate::gateway::object::is_coded;
@@ -45,6 +46,8 @@ pub struct Sheep {
     pub holds: Holds,
     /// Since when this store knows what it had.
     pub history: History,
+    /// The changing of this node's disks.
+    pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.
     pub tables: watch::Sender<bool>,
     /// Counters.

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use sheepdog_proto::config::StoreConfig;
-use sheepdog_proto::{ClusterFlags, Epoch, NodeId, NodeRecord};
-use sheepdog_store::{DiskFailure, MetaDir, MetaError, ScanReport, Store, StoreOptions, SyncMode};
+use sheepdog_proto::{ClusterFlags, Epoch, NodeId, NodeRecord, cstr};
+use sheepdog_store::{DiskFailure, Layout, MetaDir, MetaError, ScanReport, Store, StoreOptions, SyncMode};
 use thiserror::Error;
 
 use crate::cluster::state::{Startup, State};
+use crate::shell::localtime::LocalTime;
 use crate::shell::options::Options;
 
 /// Why a daemon does not start. Each displays as the line to log; nothing was changed.
@@ -29,6 +30,9 @@ pub enum StartError {
     /// Another `-V` than in the last epoch.
     #[error("mismatch specified vnodes is compared with the previous. previous vnodes:{0}")]
     Vnodes(u16),
+    /// No such store driver.
+    #[error("backend store '{0}' is not supported")]
+    Driver(String),
     /// The log of the last epoch is unusable.
     #[error("invalid epoch {0} log")]
     Epoch(Epoch),
@@ -43,14 +47,28 @@ pub struct OpenStore {
     pub store: Store,
     /// What the scan found.
     pub report: ScanReport,
-    /// A disk is used for the first time.
-    pub new_disk: bool,
+    /// A disk is used for the first time, or one with objects of this node is missing.
+    pub incomplete: bool,
+}
+
+/// Suffix of backups: local time as `YYYY-MM-DD_HHMMSS`.
+fn backup_stamp() -> String {
+    let t = LocalTime::at(std::time::SystemTime::now());
+    format!("{:04}-{:02}-{:02}_{:02}{:02}{:02}", t.year, t.month, t.day, t.hour, t.minute, t.second)
 }
 
 /// Reads and checks the configuration; an older or newer store is refused before anything is touched.
 pub fn configuration(meta: &MetaDir, options: &Options) -> Result<StoreConfig, StartError> {
-    let mut config = meta.read_config()?;
     let auto = options.vnodes.is_none();
+    if options.upgrade && meta.upgrade(&backup_stamp(), auto)? {
+        tracing::info!("the store of release 0.9 is now one of this release; backups are beside its files");
+    }
+    let mut config = meta.read_config().map_err(|error| match error {
+        MetaError::Version(_) if !options.upgrade => {
+            StartError::Other(format!("{error}\nuse '-u' option to upgrade sheep store"))
+        }
+        error => error.into(),
+    })?;
     if config.ctime > 0 && !options.gateway && config.flags.contains(ClusterFlags::AUTO_VNODES) != auto {
         return Err(StartError::VnodesStrategy);
     }
@@ -58,25 +76,42 @@ pub fn configuration(meta: &MetaDir, options: &Options) -> Result<StoreConfig, S
     Ok(config)
 }
 
+/// The store driver of this node: the one that `dog node format` chose, else the cluster's (spec 03, 5). `None`: there is
+/// none yet.
+pub fn driver(meta: &MetaDir, cluster: &[u8]) -> Result<Option<Layout>, StartError> {
+    let (own, _) = meta.node_config()?;
+    let name = own.unwrap_or_else(|| String::from_utf8_lossy(cstr(cluster)).into_owned());
+    if name.is_empty() {
+        return Ok(None);
+    }
+    Layout::by_name(&name).map(Some).ok_or(StartError::Driver(name))
+}
+
 /// Opens the disks and reads what is on them. `on_failure` is told of disks that fail later.
 pub fn open_store(
     meta: &MetaDir,
     options: &Options,
+    config: &StoreConfig,
     on_failure: Arc<dyn Fn(DiskFailure) + Send + Sync>,
 ) -> Result<OpenStore, StartError> {
     let disks = if options.disks.is_empty() { vec![meta.default_disk()] } else { options.disks.clone() };
     if let Some(foreign) = options.disks.iter().find(|d| MetaDir::is_meta_dir(d)) {
         return Err(StartError::IsMetaDir(foreign.clone()));
     }
+    if let (_, Some(warning)) = meta.node_config()? {
+        tracing::warn!("{warning}");
+    }
     let store_options = StoreOptions {
         sync: if options.nosync { SyncMode::NoSync } else { SyncMode::Durable },
         direct_io: options.direct_io,
         on_disk_failure: Some(on_failure),
+        layout: driver(meta, &config.default_store)?.unwrap_or_default(),
         removed_disks: Some(meta.path().join("removed_disks")),
+        protected: vec![meta.path().to_owned(), meta.path().join("epoch")],
         epoch: meta.latest_epoch()?,
         ..StoreOptions::default()
     };
-    let new_disk = disks.iter().any(|d| !matches!(xattr::get(d, "user.md.size"), Ok(Some(_))));
+    let new = disks.iter().any(|d| !matches!(xattr::get(d, "user.md.size"), Ok(Some(_))));
     let (store, lines) = Store::open(&disks, store_options)?;
     lines.iter().for_each(|line| tracing::info!("{line}"));
     let report = store.scan();
@@ -86,7 +121,11 @@ pub fn open_store(
     for (path, reason) in &report.unreadable {
         tracing::error!("{}: {reason}", path.display());
     }
-    Ok(OpenStore { store, report, new_disk })
+    if report.adopted > 0 {
+        tracing::info!("{} objects moved into the directories of the tree", report.adopted);
+    }
+    let incomplete = new || store.lacks_disk();
+    Ok(OpenStore { store, report, incomplete })
 }
 
 /// This node's record.

@@ -4,7 +4,9 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod disks;
 mod dog_extras;
+mod durability;
 mod epochs;
 mod life;
 mod locks;
@@ -13,5 +15,11 @@ mod restart;
 mod safety;
 mod scenarios;
 mod stalls;
+mod tree;
 mod vdi;
+mod vdi_load;
+mod vdi_model;
+mod vdi_safety;
+mod vdi_vectors;
 mod wire;
+mod zookeeper;

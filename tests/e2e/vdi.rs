@@ -357,7 +357,8 @@ fn concurrent_creations_never_share_an_id() {
     assert_eq!(vids.len(), 30, "thirty different ids");
     for node in 0..3 {
         let mut client = cluster.nodes[node].client();
-        assert_eq!(bits(&mut client, Opcode::READ_VDIS), vids, "node {node}");
+        // Nodes that were not asked hear of a creation a moment later.
+        wait("the node to know all ids", || bits(&mut client, Opcode::READ_VDIS) == vids);
         for (name, vid) in &created {
             assert_eq!(client.lookup(name, "", 0), Ok(*vid), "{name} at node {node}");
         }

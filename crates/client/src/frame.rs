@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use nix::sys::socket::{Shutdown, shutdown};
@@ -20,6 +21,8 @@ use tokio::sync::Notify;
 
 /// Bytes read ahead for headers and small payloads.
 const READ_BUFFER: usize = 64 << 10;
+/// A header that has begun must be complete within this time.
+const HEADER_STALL: Duration = Duration::from_secs(60);
 /// Most frames of one vectored write.
 const MAX_BATCH: usize = 64;
 /// Payloads below this many bytes need no page-aligned buffer.
@@ -113,31 +116,30 @@ pub struct FrameReader {
 }
 
 impl FrameReader {
-    /// Receives what has arrived, waiting for at least one byte; 0 at the end of the stream.
+    /// Receives what has arrived, waiting for at least one byte; 0 at the end of the stream. Called with less than a
+    /// header here, which is kept aside meanwhile: a connection that waits holds no buffer.
     async fn fill(&mut self) -> io::Result<usize> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-            self.buffer = None;
-        } else if self.end == READ_BUFFER
-            && let Some(buffer) = &mut self.buffer
-        {
-            buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
+        let mut begun = [0; HEADER_LEN];
+        let kept = self.buffered().len();
+        begun[..kept].copy_from_slice(self.buffered());
+        self.buffer = None;
+        (self.start, self.end) = (0, 0);
         loop {
-            self.half.readable().await?;
-            let buffer = self.buffer.get_or_insert_with(|| PageBuf::dirty(READ_BUFFER));
-            match self.half.try_read(&mut buffer[self.end..]) {
+            if kept == 0 {
+                self.half.readable().await?;
+            } else {
+                let more = tokio::time::timeout(HEADER_STALL, self.half.readable()).await;
+                more.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+            }
+            let mut buffer = PageBuf::dirty(READ_BUFFER);
+            match self.half.try_read(&mut buffer[kept..]) {
                 Ok(n) => {
-                    self.end += n;
+                    buffer[..kept].copy_from_slice(&begun[..kept]);
+                    self.buffer = Some(buffer);
+                    self.end = kept + n;
                     return Ok(n);
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    // The first wake-up of a connection is often for nothing.
-                    if self.start == self.end {
-                        self.buffer = None;
-                    }
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e),
             }
         }

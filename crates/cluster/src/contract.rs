@@ -4,6 +4,9 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
 use thiserror::Error;
@@ -63,7 +66,12 @@ pub enum Event {
         /// Members with the new record.
         members: Vec<NodeRecord>,
     },
-    /// The session was lost; the daemon joins again (ZooKeeper only).
+    /// `true`: the [`Lease`] ended, because the membership service has not confirmed this node's session for 2/3 of
+    /// the session timeout. `false`: it is confirmed again, and nobody threw this node out. A [`Event::Reconnect`] ends
+    /// the suspension as well (ZooKeeper only).
+    Suspended(bool),
+    /// The session was lost, nothing asked for before will be announced any more; the daemon joins again. Until then
+    /// every other request is refused (ZooKeeper only).
     Reconnect,
     /// The driver cannot go on: the daemon ends with status 1 and this text.
     Failed(String),
@@ -100,6 +108,34 @@ impl<T: Default> std::fmt::Debug for Answer<T> {
     }
 }
 
+/// How long this node is certain to be a member in the eyes of the others (spec 06, A11). A write is acknowledged only
+/// while the lease is fresh: afterwards others may have gone on without this node. Ends by itself, by the local clock,
+/// so that a process that was stopped finds it ended before it does anything else.
+#[derive(Debug)]
+pub struct Lease {
+    base: Instant,
+    /// Milliseconds after `base`.
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// A lease that has ended.
+    pub(crate) fn new() -> Lease {
+        Lease { base: Instant::now(), until: AtomicU64::new(0) }
+    }
+
+    /// Whether it has not ended.
+    pub fn is_fresh(&self) -> bool {
+        self.base.elapsed().as_millis() < u128::from(self.until.load(Ordering::Acquire))
+    }
+
+    /// Lets it end at `until`.
+    pub(crate) fn extend(&self, until: Instant) {
+        let until = until.saturating_duration_since(self.base).as_millis();
+        self.until.store(u64::try_from(until).unwrap_or(u64::MAX), Ordering::Release);
+    }
+}
+
 /// A source of membership and of totally ordered messages. Success of a call means that the request is in the common
 /// history (or will be without further action); its effect arrives as an [`Event`].
 pub trait Driver: Send + Sync {
@@ -111,6 +147,11 @@ pub trait Driver: Send + Sync {
 
     /// Members present now, for checks before joining (spec 04, 5.4). Empty if none or unknown.
     fn members_hint(&self) -> Vec<NodeRecord>;
+
+    /// The lease under which this node may acknowledge writes; `None` if a node that lives is always a member.
+    fn lease(&self) -> Option<Arc<Lease>> {
+        None
+    }
 
     /// Asks to join as `me`, telling the cluster what this node knows of it.
     fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Result<(), DriverError>>;
@@ -209,6 +250,40 @@ pub enum DriverError {
     /// Unblock without having the mutex.
     #[error("the cluster is not blocked by this node")]
     NotBlocked,
+    /// `-c zookeeper` without an address.
+    #[error("You must specify zookeeper servers.")]
+    NoServers,
+    /// `timeout=` without a number of milliseconds.
+    #[error("Invalid parameter for timeout")]
+    BadTimeout,
+    /// No server of the ensemble answered.
+    #[error("failed to connect to zk server {hosts} after {retries} retries")]
+    Unreachable {
+        /// The addresses tried.
+        hosts: String,
+        /// How often, 100 ms apart.
+        retries: u128,
+    },
+    /// The ensemble answered something unexpected.
+    #[error("zk server {hosts}: {reason}")]
+    Ensemble {
+        /// The addresses.
+        hosts: String,
+        /// The answer.
+        reason: String,
+    },
+    /// Somebody is registered under this address, longer than a dead predecessor could be.
+    #[error("Previous zookeeper session exist, shoot myself. Please wait for {0} seconds to join me again.")]
+    PreviousSession(u64),
+    /// The session ended before the request was in the history, or while nobody can tell.
+    #[error("the session with the membership service was lost")]
+    SessionLost,
+    /// This node has no address to advertise.
+    #[error("no valid interface found")]
+    NoInterface,
+    /// The driver's thread cannot start.
+    #[error("cannot start the cluster driver: {0}")]
+    Start(std::io::Error),
     /// The driver ended before.
     #[error("the cluster driver has stopped")]
     Stopped,
@@ -218,6 +293,17 @@ pub enum DriverError {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_lease_ends_at_its_time_and_has_ended_before_the_first() {
+        let lease = Lease::new();
+        assert!(!lease.is_fresh());
+        lease.extend(Instant::now() + Duration::from_secs(3600));
+        assert!(lease.is_fresh());
+        lease.extend(Instant::now());
+        assert!(!lease.is_fresh());
+    }
 
     #[test]
     fn an_answer_is_delivered_once_and_dropping_it_gives_the_default() {

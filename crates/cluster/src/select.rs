@@ -6,13 +6,14 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::local::{DEFAULT_PATH, LocalDriver};
+use crate::zookeeper::ZookeeperDriver;
 use crate::{Driver, DriverError, Event};
 
 /// All driver names in the order in which version and error texts print them.
 pub const DRIVER_NAMES: [&str; 3] = ["zookeeper", "corosync", "local"];
 
 /// The drivers this version contains, in the same order.
-pub const BUILT_DRIVER_NAMES: [&str; 1] = ["local"];
+pub const BUILT_DRIVER_NAMES: [&str; 2] = ["zookeeper", "local"];
 
 /// The driver used without `-c`: the original prefers corosync where it is built in, else local.
 pub const DEFAULT_DRIVER: &str = "local";
@@ -54,6 +55,10 @@ pub fn open(spec: &str) -> Result<(Arc<dyn Driver>, UnboundedReceiver<Event>), D
             let (driver, events) = LocalDriver::open(Path::new(path))?;
             Ok((Arc::new(driver), events))
         }
+        "zookeeper" => {
+            let (driver, events) = ZookeeperDriver::open(selection.option)?;
+            Ok((Arc::new(driver), events))
+        }
         name => Err(DriverError::NotBuilt(name)),
     }
 }
@@ -86,12 +91,13 @@ mod tests {
         let text = |spec| open(spec).err().map(|e| e.to_string());
         assert_eq!(text("nosuch:x").as_deref(), Some("Invalid cluster driver 'nosuch:x'"));
         assert_eq!(
-            text("zookeeper:h:1").as_deref(),
-            Some("cluster driver 'zookeeper' is not built in this version")
+            text("corosync").as_deref(),
+            Some("cluster driver 'corosync' is not built in this version")
         );
         assert_eq!(
             text("local:").as_deref(),
             Some("invalid option of cluster driver 'local': the path of the queue file is empty")
         );
+        assert_eq!(text("zookeeper").as_deref(), Some("You must specify zookeeper servers."));
     }
 }

@@ -93,14 +93,23 @@ fn remove_elsewhere(store: &Arc<Inner>, disk: &Disk, create: &Create) {
     for id in store.index.working_on(replica).into_iter().filter(|id| *id != disk.id) {
         if let Some(other) = store.disks().by_id(id) {
             match fs::remove_file(other.file(replica)) {
-                Ok(()) => {
-                    other.mark_dirty(other.dir(replica));
+                // Before anybody writes to the new one: a power cut must not bring back what differs from it.
+                Ok(()) if store.durable() => {
+                    if let Err(e) = sync_dir(&other.dir(replica)) {
+                        tracing::error!("cannot sync {}: {e}", other.path.display());
+                    }
                 }
+                Ok(()) => other.mark_dirty(other.dir(replica)),
                 Err(e) => tracing::error!("cannot remove misplaced {}: {e}", other.file(replica).display()),
             }
         }
         store.index.remove(replica, id);
     }
+}
+
+/// Bytes that creates leave free on a disk.
+pub(crate) fn reserve_of(store: &Inner, disk: &Disk) -> u64 {
+    store.options.reserve.unwrap_or((disk.size / 200).min(MAX_RESERVE))
 }
 
 /// Everything but the sync of the directory.
@@ -112,7 +121,7 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     if create.if_absent && store.locate(replica).is_ok_and(|d| d.file(replica).is_file()) {
         return Ok(false);
     }
-    let reserve = store.options.reserve.unwrap_or((disk.size / 200).min(MAX_RESERVE));
+    let reserve = reserve_of(store, disk);
     // Recovery must leave room for clients.
     let reserve = if create.if_absent { reserve.saturating_mul(2) } else { reserve };
     let needs = if replica.oid.is_sparse() { create.data.len() as u64 } else { create.size };

@@ -31,7 +31,8 @@ pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     /// `user.md.size`, in bytes.
     pub(crate) size: u64,
-    pub(crate) layout: Layout,
+    /// Whether the layout is [`Layout::Tree`]; a format may change it.
+    tree: AtomicBool,
     pub(crate) abilities: Abilities,
     /// A clean file: its `fdatasync` is a device flush.
     pub(crate) flush: File,
@@ -48,8 +49,9 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// Prepares a directory: creates it, checks xattrs, fixes its size. Errors are the log line to write.
-    pub(crate) fn open(id: DiskId, path: &Path, layout: Layout, create_xattr: bool) -> Result<Disk, String> {
+    /// Prepares a directory: creates it, checks xattrs, with `empty` deletes everything in it, fixes its size. Errors are
+    /// the log line to write.
+    pub(crate) fn open(id: DiskId, path: &Path, layout: Layout, empty: bool) -> Result<Disk, String> {
         let shown = path.display();
         make_dir(path).map_err(|e| format!("can't mkdir for {shown}, {}", strerror(&e)))?;
         if let Err(e) = xattr::get(path, "user.dummy")
@@ -58,11 +60,14 @@ impl Disk {
             return Err(format!("multi-disk support need xattr feature for path: {shown}"));
         }
         let prepared = || -> io::Result<(u64, File)> {
-            make_dir(&path.join(STALE_DIR))?;
-            for dir in layout.sub_dirs() {
-                make_dir(&path.join(dir))?;
+            if empty {
+                delete_content(path)?;
             }
-            Ok((disk_size(path, create_xattr)?, probe::flush_file(path)?))
+            make_dirs(path, layout)?;
+            if empty {
+                sync_dir(path)?;
+            }
+            Ok((disk_size(path)?, probe::flush_file(path)?))
         };
         let (size, flush) = prepared().map_err(|e| format!("{shown} is broken: {}", strerror(&e)))?;
         if size == 0 {
@@ -72,7 +77,7 @@ impl Disk {
             id,
             path: path.to_owned(),
             size,
-            layout,
+            tree: AtomicBool::new(layout == Layout::Tree),
             abilities: probe::abilities(path, &flush),
             flush,
             small: Queue::new(),
@@ -107,19 +112,32 @@ impl Disk {
         self.reads.close();
     }
 
+    /// Where its files are.
+    pub(crate) fn layout(&self) -> Layout {
+        if self.tree.load(Relaxed) { Layout::Tree } else { Layout::Plain }
+    }
+
+    /// Makes the directories of a layout, which holds from then on.
+    pub(crate) fn set_layout(&self, layout: Layout) -> io::Result<()> {
+        make_dirs(&self.path, layout)?;
+        self.tree.store(layout == Layout::Tree, Relaxed);
+        self.mark_dirty(self.path.clone());
+        Ok(())
+    }
+
     /// Path of a working file.
     pub(crate) fn file(&self, replica: Replica) -> PathBuf {
-        self.layout.path(&self.path, replica)
+        self.layout().path(&self.path, replica)
     }
 
     /// Path of a stale file.
     pub(crate) fn stale_file(&self, name: StaleName) -> PathBuf {
-        self.layout.stale_path(&self.path, name)
+        self.layout().stale_path(&self.path, name)
     }
 
     /// Directory of a working file.
     pub(crate) fn dir(&self, replica: Replica) -> PathBuf {
-        self.layout.dir(&self.path, replica.oid)
+        self.layout().dir(&self.path, replica.oid)
     }
 
     /// Directory of stale files.
@@ -137,9 +155,14 @@ impl Disk {
         let dirs = std::mem::take(&mut *self.dirty_dirs.lock());
         let mut result = Ok(());
         for dir in dirs {
-            if let Err(e) = sync_dir(&dir) {
-                self.mark_dirty(dir);
-                result = Err(e);
+            match sync_dir(&dir) {
+                Ok(()) => {}
+                // A format with another layout deleted it; a disk that is gone as a whole is another matter.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && self.path.is_dir() => {}
+                Err(e) => {
+                    self.mark_dirty(dir);
+                    result = Err(e);
+                }
             }
         }
         result
@@ -164,6 +187,24 @@ pub(crate) fn make_dir(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Makes the directories below a disk.
+fn make_dirs(disk: &Path, layout: Layout) -> io::Result<()> {
+    make_dir(&disk.join(STALE_DIR))?;
+    layout.sub_dirs().iter().try_for_each(|dir| make_dir(&disk.join(dir)))
+}
+
+/// Deletes everything in a directory.
+pub(crate) fn delete_content(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
+}
+
 /// Makes the names in a directory durable.
 pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
@@ -183,14 +224,14 @@ fn free_bytes(path: &Path) -> io::Result<u64> {
 }
 
 /// The recorded size, or the free bytes now, which get recorded.
-fn disk_size(path: &Path, create: bool) -> io::Result<u64> {
+fn disk_size(path: &Path) -> io::Result<u64> {
     if let Some(value) = xattr::get(path, SIZE_XATTR)?
         && let Ok(bytes) = <[u8; 8]>::try_from(value.as_slice())
     {
         return Ok(u64::from_le_bytes(bytes));
     }
     let size = free_bytes(path)?;
-    if create && size > 0 {
+    if size > 0 {
         xattr::set(path, SIZE_XATTR, &size.to_le_bytes())?;
     }
     Ok(size)

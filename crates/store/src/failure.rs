@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
 use sheepdog_proto::Oid;
 
 use crate::disk::Disk;
 use crate::error::{Fault, StoreError, duplicate_io, fault_of, strerror};
-use crate::store::Inner;
+use crate::store::{Inner, Store};
 
 /// Medium errors on that many objects within [`MEDIUM_WINDOW`] condemn a disk.
 const MEDIUM_LIMIT: usize = 4;
@@ -42,11 +43,11 @@ impl Inner {
     /// Maps an I/O error on an object of `disk`; takes the disk out of service if the disk is to blame.
     pub(crate) fn fault(self: &Arc<Inner>, disk: &Arc<Disk>, oid: Oid, e: &io::Error) -> StoreError {
         match fault_of(e) {
-            Fault::Absent if disk.path.is_dir() => StoreError::NoObject,
-            Fault::Absent => {
+            Fault::Absent | Fault::Medium | Fault::Object if !disk.path.is_dir() => {
                 tracing::error!("{} corrupted", disk.path.display());
                 self.disk_failed(disk)
             }
+            Fault::Absent => StoreError::NoObject,
             Fault::Full => {
                 tracing::error!("diskfull, oid={oid}");
                 StoreError::NoSpace
@@ -79,6 +80,24 @@ impl Inner {
             }
         }
         StoreError::DiskFailed { path: disk.path.clone(), last }
+    }
+}
+
+impl Store {
+    /// Looks whether every disk is still there and writable, and takes those out of service that are not. For disks
+    /// that nobody uses at the moment; blocks for as long as the file systems take to answer.
+    pub fn check_disks(&self) {
+        for disk in self.inner.disks().all() {
+            let error = match statvfs(&disk.path) {
+                Err(e) => Some(e as i32),
+                Ok(fs) if fs.flags().contains(FsFlags::ST_RDONLY) => Some(libc::EROFS),
+                Ok(_) if !disk.path.is_dir() => Some(libc::ENOENT),
+                Ok(_) => None,
+            };
+            if let Some(errno) = error {
+                self.inner.fault(disk, Oid(0), &io::Error::from_raw_os_error(errno));
+            }
+        }
     }
 }
 

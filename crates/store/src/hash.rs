@@ -30,9 +30,8 @@ impl Store {
         stale: Option<Epoch>,
         cache: bool,
     ) -> Result<[u8; 20]> {
-        let working = self.inner.locate(replica)?;
         let of_working = self
-            .on_reader(working, move |inner, disk| {
+            .on_working(replica, move |inner, disk| {
                 digest(&disk.file(replica), size, cache).map_err(|e| inner.fault(disk, replica.oid, &e))
             })
             .await;

@@ -127,6 +127,29 @@ impl Index {
         entry.iter().find(|l| l.strip == name.replica.strip && l.epoch == Some(name.epoch)).map(|l| l.disk)
     }
 
+    /// Disks that hold the stale file, the preferred one first.
+    pub(crate) fn stale_on(&self, name: StaleName) -> Vec<DiskId> {
+        let files = &self.state.read().files;
+        let entry = files.get(&name.replica.oid).map(Vec::as_slice).unwrap_or_default();
+        let is_it = |l: &&Located| l.strip == name.replica.strip && l.epoch == Some(name.epoch);
+        entry.iter().filter(is_it).map(|l| l.disk).collect()
+    }
+
+    /// Number of files of both kinds on a disk.
+    pub(crate) fn count_on(&self, disk: DiskId) -> usize {
+        let files = &self.state.read().files;
+        files.values().flatten().filter(|l| l.disk == disk).count()
+    }
+
+    /// Whether all files on a disk, given with their epoch if stale, are as asked.
+    pub(crate) fn all_on(&self, disk: DiskId, is: impl Fn(Replica, Option<Epoch>) -> bool) -> bool {
+        let files = &self.state.read().files;
+        files.iter().all(|(oid, entry)| {
+            let here = entry.iter().filter(|l| l.disk == disk);
+            here.map(|l| (Replica { oid: *oid, strip: l.strip }, l.epoch)).all(|(r, e)| is(r, e))
+        })
+    }
+
     /// Epochs of the replica's stale files, ascending.
     pub(crate) fn stale_epochs(&self, replica: Replica) -> Vec<Epoch> {
         let files = &self.state.read().files;

@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use parking_lot::Mutex;
 use sheepdog_proto::config::{EpochLog, STORE_VERSION, StoreConfig};
 use sheepdog_proto::{Epoch, cstr};
 
@@ -41,6 +42,9 @@ pub enum MetaError {
     /// `config` was written by another release.
     #[error("This sheep version is not compatible with the existing data layout, {0}")]
     Version(u16),
+    /// An older or newer store that cannot be taken over; the text says why.
+    #[error("{0}")]
+    Upgrade(String),
     /// The store was formatted with disk vnodes.
     #[error("this store was made by a sheep built with disk vnodes, whose format is not supported")]
     DiskMode,
@@ -73,6 +77,8 @@ pub struct MetaDir {
     path: PathBuf,
     /// Keeps the lock: it vanishes when *any* descriptor of the file is closed, so this is the only one.
     _lock: File,
+    /// Held while a file is replaced: its temporary name is always the same.
+    replacing: Mutex<()>,
 }
 
 impl MetaDir {
@@ -85,7 +91,7 @@ impl MetaDir {
         for dir in ["obj", "epoch"] {
             make_dir(&path.join(dir)).map_err(at(&path.join(dir)))?;
         }
-        Ok(MetaDir { path, _lock })
+        Ok(MetaDir { path, _lock, replacing: Mutex::new(()) })
     }
 
     /// The directory, absolute and without symbolic links.
@@ -132,6 +138,7 @@ impl MetaDir {
 
     /// Replaces `config`.
     pub fn write_config(&self, config: &StoreConfig) -> Result<()> {
+        let _one_at_a_time = self.replacing.lock();
         self.replace(&self.path, "config", &config.to_bytes())
     }
 
@@ -169,7 +176,15 @@ impl MetaDir {
 
     /// Writes or replaces the log of an epoch. The time is the log's: a log fetched from another node keeps its own.
     pub fn write_epoch(&self, epoch: Epoch, log: &EpochLog) -> Result<()> {
+        let _one_at_a_time = self.replacing.lock();
         self.replace(&self.epoch_dir(), &Self::epoch_name(epoch), &log.encode())
+    }
+
+    /// Writes a log that another node had, unless this node has one of its own meanwhile.
+    pub fn keep_epoch(&self, epoch: Epoch, log: &EpochLog) -> Result<()> {
+        let _one_at_a_time = self.replacing.lock();
+        let (dir, name) = (self.epoch_dir(), Self::epoch_name(epoch));
+        if dir.join(&name).exists() { Ok(()) } else { self.replace(&dir, &name, &log.encode()) }
     }
 
     /// Removes the logs of epochs 1 to `latest` (format).
@@ -207,7 +222,7 @@ impl MetaDir {
         Ok((ours.or(theirs), warning))
     }
 
-    /// Replaces a file by way of `<name>.tmp`.
+    /// Replaces a file by way of `<name>.tmp`; under the lock.
     fn replace(&self, dir: &Path, name: &str, content: &[u8]) -> Result<()> {
         let (path, temporary) = (dir.join(name), dir.join(format!("{name}.tmp")));
         let attempt = || -> io::Result<()> {

@@ -1,7 +1,6 @@
 //! Opening a store: its disks one by one, and disks that come back after a removal (spec 03, section 15).
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,8 +10,8 @@ use sheepdog_proto::admin::MAX_DISKS;
 use crate::Result;
 use crate::disk::Disk;
 use crate::error::StoreError;
-use crate::layout::Layout;
 use crate::name::{Replica, StaleName};
+use crate::removed::{self, Memory};
 use crate::ring::DiskRing;
 use crate::store::{Inner, Store, StoreOptions};
 
@@ -40,11 +39,11 @@ impl Store {
             log.push("There isn't any available disk!".into());
             return Err(StoreError::Open(log.join("\n")));
         }
-        welcome_back(&disks, &options, &mut log)?;
+        let lacking = welcome_back(&disks, &options, &mut log)?;
         for disk in &disks {
             disk.start().map_err(StoreError::Retry)?;
         }
-        Ok((Store { inner: Arc::new(Inner::new(options, disks)) }, log))
+        Ok((Store { inner: Arc::new(Inner::new(options, disks)), lacking }, log))
     }
 }
 
@@ -64,11 +63,11 @@ fn add(
     if disks.len() >= MAX_DISKS {
         return Err(format!("{}: a node has at most {MAX_DISKS} disks", path.display()));
     }
-    Disk::open(id as u16, &path, options.layout, true)
+    Disk::open(id as u16, &path, options.layout, false)
 }
 
 /// The path as typed less trailing slashes.
-fn without_slashes(path: &Path) -> PathBuf {
+pub(crate) fn without_slashes(path: &Path) -> PathBuf {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;
     let mut bytes = path.as_os_str().as_bytes();
@@ -80,33 +79,45 @@ fn without_slashes(path: &Path) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(bytes))
 }
 
-/// Disks removed while others went on hold old data: it must not be served as current.
-fn welcome_back(disks: &[Arc<Disk>], options: &StoreOptions, log: &mut Vec<String>) -> Result<()> {
-    let Some(record) = &options.removed_disks else { return Ok(()) };
-    let text = match fs::read_to_string(record) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(StoreError::Open(format!("cannot read {}: {e}", record.display()))),
-    };
-    let mut left = Vec::new();
-    for line in text.lines() {
-        match disks.iter().find(|d| d.path.as_os_str() == line) {
-            Some(disk) => {
-                let moved = stash_disk(disk, options.layout, options.epoch)
-                    .map_err(|e| StoreError::Open(format!("cannot clear {line}: {e}")))?;
-                log.push(format!("{line} was removed before: {moved} old objects moved to .stale"));
+/// Disks removed while others went on hold old data: it must not be served as current. True if a disk with current
+/// objects is not listed any more.
+fn welcome_back(disks: &[Arc<Disk>], options: &StoreOptions, log: &mut Vec<String>) -> Result<bool> {
+    let Some(record) = &options.removed_disks else { return Ok(false) };
+    let failed = |what, e| StoreError::Open(format!("cannot {what} {}: {e}", record.display()));
+    let before = removed::read(record).map_err(|e| failed("read", e))?;
+    let (mut left, mut lacking) = (Vec::new(), false);
+    for (path, memory) in before.iter().cloned() {
+        let shown = path.display().to_string();
+        let disk = disks.iter().find(|d| d.path.as_os_str() == path.as_os_str());
+        match (disk, memory) {
+            (Some(disk), Memory::Removed) => {
+                let moved = stash_disk(disk, options.epoch)
+                    .map_err(|e| StoreError::Open(format!("cannot clear {shown}: {e}")))?;
+                log.push(format!("{shown} was removed before: {moved} old objects moved to .stale"));
             }
-            None => left.push(line),
+            (Some(_), Memory::Held) => {}
+            (None, Memory::Held) => {
+                log.push(format!("{shown} has objects of this node but is not listed: they are missing"));
+                lacking = true;
+                left.push((path, Memory::Removed));
+            }
+            (None, Memory::Removed) => left.push((path, memory)),
         }
     }
-    let kept = left.iter().map(|l| format!("{l}\n")).collect::<String>();
-    fs::write(record, kept).map_err(|e| StoreError::Open(format!("cannot write {}: {e}", record.display())))
+    if left != before {
+        removed::write(record, &left).map_err(|e| failed("write", e))?;
+    }
+    Ok(lacking)
 }
 
 /// Moves all working files of a disk to its `.stale`.
-fn stash_disk(disk: &Disk, layout: Layout, epoch: Epoch) -> std::io::Result<usize> {
+fn stash_disk(disk: &Disk, epoch: Epoch) -> std::io::Result<usize> {
     let mut moved = 0;
-    for dir in layout.sub_dirs() {
+    // In a tree, too, an object may lie flat.
+    let mut dirs = disk.layout().sub_dirs();
+    dirs.push(String::new());
+    dirs.dedup();
+    for dir in dirs {
         for entry in fs::read_dir(disk.path.join(dir))? {
             let entry = entry?;
             let Some(replica) = entry.file_name().to_str().and_then(Replica::parse) else { continue };
@@ -120,19 +131,4 @@ fn stash_disk(disk: &Disk, layout: Layout, epoch: Epoch) -> std::io::Result<usiz
     disk.mark_dirty(disk.path.clone());
     disk.sync_dirty()?;
     Ok(moved)
-}
-
-impl Inner {
-    /// Records that a disk was taken out while others serve on.
-    pub(crate) fn record_removal(&self, path: &Path) {
-        let Some(record) = &self.options.removed_disks else { return };
-        let attempt = || {
-            let mut file = fs::OpenOptions::new().append(true).create(true).open(record)?;
-            writeln!(file, "{}", path.display())?;
-            file.sync_all()
-        };
-        if let Err(e) = attempt() {
-            tracing::error!("cannot record the removal of {} in {}: {e}", path.display(), record.display());
-        }
-    }
 }

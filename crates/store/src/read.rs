@@ -77,10 +77,24 @@ impl Store {
     /// Reads exactly `len` bytes; past the end of the file they are zero.
     pub async fn read(&self, replica: Replica, offset: u64, len: usize) -> Result<Bytes> {
         check_read(offset, len)?;
-        self.on_reader(self.inner.locate(replica)?, move |inner, disk| {
-            read_working(inner, disk, replica, offset, len)
-        })
-        .await
+        self.on_working(replica, move |inner, disk| read_working(inner, disk, replica, offset, len)).await
+    }
+
+    /// Runs something with a working file on a reading thread of its disk; again if the file was moved meanwhile.
+    pub(crate) async fn on_working<T: Send + 'static>(
+        &self,
+        replica: Replica,
+        run: impl Fn(&Arc<Inner>, &Arc<Disk>) -> Result<T> + Clone + Send + 'static,
+    ) -> Result<T> {
+        loop {
+            let disk = self.inner.locate(replica)?;
+            let result = self.on_reader(disk.clone(), run.clone()).await;
+            let missed = matches!(result, Err(StoreError::NoObject | StoreError::DiskFailed { .. }));
+            // A disk that failed has lost the file; one that was let go has given it to another.
+            if !missed || disk.is_removed() || self.inner.locate(replica)?.id == disk.id {
+                return result;
+            }
+        }
     }
 
     /// Reads from the object as it was at the end of `epoch`; only a stale file of exactly that epoch will do.
@@ -158,7 +172,7 @@ fn read_working(
     offset: u64,
     len: usize,
 ) -> Result<Bytes> {
-    let attempt = |disk: &Arc<Disk>| -> io::Result<Bytes> {
+    let attempt = || -> io::Result<Bytes> {
         let object = inner.files.open(replica, disk.id, || disk.file(replica).into())?;
         if len >= READ_AHEAD && !object.was_read() {
             // Only a hint.
@@ -174,15 +188,5 @@ fn read_working(
         object.touch_read();
         Ok(buf.freeze())
     };
-    match attempt(disk) {
-        // It may have been moved to its right disk since it was looked up.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let now = inner.locate(replica)?;
-            if now.id == disk.id {
-                return Err(inner.fault(disk, replica.oid, &e));
-            }
-            attempt(&now).map_err(|e| inner.fault(&now, replica.oid, &e))
-        }
-        other => other.map_err(|e| inner.fault(disk, replica.oid, &e)),
-    }
+    attempt().map_err(|e| inner.fault(disk, replica.oid, &e))
 }

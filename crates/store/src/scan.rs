@@ -10,8 +10,10 @@ use sheepdog_proto::inode::INODE_HEADER_LEN;
 use sheepdog_proto::{Epoch, Oid, inode::InodeHeader};
 
 use crate::disk::Disk;
+use crate::layout::Layout;
 use crate::name::{Replica, StaleName, is_temporary};
 use crate::read::read_zero_filled;
+use crate::relayout::adopt_flat;
 use crate::store::Store;
 
 /// What the scan found.
@@ -23,6 +25,8 @@ pub struct ScanReport {
     pub working: usize,
     /// Number of stale files.
     pub stale: usize,
+    /// Objects of a tree store that lay flat in their disk and were moved into their directories.
+    pub adopted: usize,
     /// Temporary files removed.
     pub temporaries: usize,
     /// Working files that lie on another disk than their own; see [`Store::settle`].
@@ -49,13 +53,13 @@ impl Store {
     pub fn scan(&self) -> ScanReport {
         let set = self.inner.disks();
         let found: Vec<Found> = std::thread::scope(|scope| {
-            let threads: Vec<_> = set.disks.iter().map(|disk| scope.spawn(|| scan_disk(disk))).collect();
+            let threads: Vec<_> = set.all().map(|disk| scope.spawn(|| scan_disk(disk))).collect();
             threads.into_iter().map(|t| t.join().unwrap_or_default()).collect()
         });
         self.inner.index.clear();
         let mut report = ScanReport::default();
         let mut inodes: BTreeMap<Oid, (Option<Epoch>, InodeHeader)> = BTreeMap::new();
-        for (disk, found) in set.disks.iter().zip(found) {
+        for (disk, found) in set.all().zip(found) {
             for (replica, bytes) in &found.working {
                 let home = set.home(replica.oid).is_some_and(|h| h.id == disk.id);
                 self.inner.index.add(*replica, disk.id, home, *bytes);
@@ -77,6 +81,7 @@ impl Store {
             }
             report.working += found.working.len();
             report.stale += found.stale.len();
+            report.adopted += found.report.adopted;
             report.temporaries += found.report.temporaries;
             report.foreign.extend(found.report.foreign);
             report.unreadable.extend(found.report.unreadable);
@@ -95,7 +100,17 @@ fn scan_disk(disk: &Disk) -> Found {
     if let Err(e) = scan_stale(&stale, &mut found) {
         unreadable(&mut found, &stale, e);
     }
-    let dirs = disk.layout.sub_dirs();
+    let dirs = disk.layout().sub_dirs();
+    if disk.layout() == Layout::Tree {
+        match adopt_flat(disk) {
+            Ok(flat) => {
+                found.report.adopted = flat.moved;
+                found.report.temporaries = flat.temporaries;
+                found.report.foreign.extend(flat.foreign);
+            }
+            Err(e) => unreadable(&mut found, &disk.path, e),
+        }
+    }
     for dir in &dirs {
         let path = disk.path.join(dir);
         if let Err(e) = scan_working(&path, &dirs, &mut found) {

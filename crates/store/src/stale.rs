@@ -10,8 +10,10 @@ use std::sync::Arc;
 use sheepdog_proto::{Epoch, Oid};
 
 use crate::Result;
-use crate::disk::{Disk, allocated, make_dir};
+use crate::disk::{Disk, allocated, delete_content};
 use crate::error::StoreError;
+use crate::index::DiskId;
+use crate::layout::Layout;
 use crate::name::{Replica, StaleName, is_temporary};
 use crate::sched::Claim;
 use crate::store::{Inner, Store};
@@ -72,7 +74,18 @@ impl Store {
     /// working file is left alone and counts as done.
     pub async fn link_stale(&self, replica: Replica, epoch: Epoch) -> Result<bool> {
         let name = StaleName { replica, epoch };
-        let Some(id) = self.inner.index.find_stale(name) else { return Ok(false) };
+        while let Some(id) = self.inner.index.find_stale(name) {
+            // It may be moved to its own disk meanwhile.
+            if self.link_on(name, id).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// False if the disk does not have the stale file any more.
+    async fn link_on(&self, name: StaleName, id: DiskId) -> Result<bool> {
+        let replica = name.replica;
         self.exec(Claim::whole(replica), Some(id), move |inner, disk| {
             if inner.locate(replica)?.file(replica).is_file() {
                 return Ok(true);
@@ -128,12 +141,13 @@ impl Store {
             .map(drop)
     }
 
-    /// Deletes everything on every disk (MAKE_FS; spec 03, section 18).
-    pub async fn format(&self) -> Result<()> {
+    /// Deletes everything on every disk and begins anew with a layout (MAKE_FS; spec 03, section 18).
+    pub async fn format(&self, layout: Layout) -> Result<()> {
         self.drain().await;
+        *self.inner.layout.lock() = layout;
         let result = self
-            .exec_all(|inner, disk| {
-                let purged = purge(disk);
+            .exec_all(move |inner, disk| {
+                let purged = purge(disk, layout);
                 inner.files.forget_disk(disk.id);
                 inner.index.remove_disk(disk.id);
                 purged.map_err(|e| inner.fault(disk, Oid(0), &e))
@@ -185,7 +199,7 @@ fn stash_file(inner: &Arc<Inner>, disk: &Arc<Disk>, name: StaleName) -> Result<b
 /// Removes what unfinished creates and moves left in the working directories.
 pub(crate) fn remove_temporaries(disk: &Disk) -> io::Result<usize> {
     let mut count = 0;
-    for dir in disk.layout.sub_dirs() {
+    for dir in disk.layout().sub_dirs() {
         for entry in fs::read_dir(disk.path.join(dir))? {
             let entry = entry?;
             if entry.file_name().to_str().is_some_and(is_temporary) && entry.file_type()?.is_file() {
@@ -198,18 +212,8 @@ pub(crate) fn remove_temporaries(disk: &Disk) -> io::Result<usize> {
 }
 
 /// Deletes the content of a disk and makes its empty directories again.
-fn purge(disk: &Disk) -> io::Result<()> {
-    for entry in fs::read_dir(&disk.path)? {
-        let entry = entry?;
-        match entry.file_type()?.is_dir() {
-            true => fs::remove_dir_all(entry.path())?,
-            false => fs::remove_file(entry.path())?,
-        }
-    }
-    make_dir(&disk.stale_dir())?;
-    for dir in disk.layout.sub_dirs() {
-        make_dir(&disk.path.join(dir))?;
-    }
-    disk.mark_dirty(disk.path.clone());
+fn purge(disk: &Disk, layout: Layout) -> io::Result<()> {
+    delete_content(&disk.path)?;
+    disk.set_layout(layout)?;
     disk.sync_dirty()
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 use bytes::Bytes;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::Result;
 use crate::disk::Disk;
+use crate::diskset::DiskSet;
 use crate::error::StoreError;
 use crate::failure::DiskFailure;
 use crate::fdcache::FdCache;
@@ -21,7 +22,7 @@ use crate::index::{DiskId, Index};
 use crate::layout::Layout;
 use crate::name::Replica;
 use crate::queue::{Create, Done, Exec, Job, Task, Write};
-use crate::ring::DiskRing;
+use crate::removed::Memory;
 use crate::sched::{Claim, Sched};
 use crate::trim::BLOCK;
 use crate::worker::SMALL;
@@ -73,6 +74,8 @@ pub struct StoreOptions {
     /// File that records the disks removed while others served on, e.g. `META/removed_disks`. A recorded disk that is
     /// listed again holds old data: its objects are moved to `.stale`. `None`: nothing is recorded.
     pub removed_disks: Option<PathBuf>,
+    /// Existing directories, absolute and without links, that plugging a disk must not empty: those of the daemon.
+    pub protected: Vec<PathBuf>,
     /// Suffix of objects moved to `.stale` for that reason: the latest epoch.
     pub epoch: Epoch,
 }
@@ -87,44 +90,20 @@ impl std::fmt::Debug for StoreOptions {
     }
 }
 
-/// The disks in service, in path order, and their ring.
-#[derive(Default)]
-pub(crate) struct DiskSet {
-    pub(crate) disks: Vec<Arc<Disk>>,
-    ring: DiskRing,
-}
-
-impl DiskSet {
-    pub(crate) fn new(mut disks: Vec<Arc<Disk>>) -> DiskSet {
-        disks.sort_by(|a, b| a.path.cmp(&b.path));
-        let ring = DiskRing::new(disks.iter().map(|d| (d.path.as_os_str().as_encoded_bytes(), d.size)));
-        DiskSet { disks, ring }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.disks.is_empty()
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.disks.len()
-    }
-
-    pub(crate) fn by_id(&self, id: DiskId) -> Option<&Arc<Disk>> {
-        self.disks.iter().find(|d| d.id == id)
-    }
-
-    /// The disk that an object belongs to.
-    pub(crate) fn home(&self, oid: Oid) -> Option<&Arc<Disk>> {
-        self.ring.disk_of(oid).and_then(|i| self.disks.get(i))
-    }
-}
-
 /// What all handles and threads share.
 pub(crate) struct Inner {
     pub(crate) options: StoreOptions,
     set: RwLock<Arc<DiskSet>>,
     pub(crate) index: Index,
     pub(crate) files: FdCache,
+    /// Of the disks, and of those to be plugged.
+    pub(crate) layout: Mutex<Layout>,
+    /// Number of the next disk to be plugged.
+    pub(crate) next_disk: AtomicU16,
+    /// Held by who plugs, unplugs or releases disks.
+    pub(crate) changing: Mutex<()>,
+    /// Held by who writes [`StoreOptions::removed_disks`].
+    pub(crate) recording: Mutex<()>,
     sched: Mutex<Sched<Job>>,
     budget: Arc<Semaphore>,
     pub(crate) read_budget: Arc<Semaphore>,
@@ -132,7 +111,7 @@ pub(crate) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.set.get_mut().disks.iter().for_each(|d| d.stop());
+        self.set.get_mut().all().for_each(|d| d.stop());
     }
 }
 
@@ -140,8 +119,12 @@ impl Inner {
     pub(crate) fn new(options: StoreOptions, disks: Vec<Arc<Disk>>) -> Inner {
         let files = FdCache::new(options.open_objects.unwrap_or(2000).min(open_file_budget()));
         Inner {
+            layout: Mutex::new(options.layout),
+            next_disk: AtomicU16::new(disks.iter().map(|d| d.id + 1).max().unwrap_or(0)),
+            changing: Mutex::new(()),
+            recording: Mutex::new(()),
             options,
-            set: RwLock::new(Arc::new(DiskSet::new(disks))),
+            set: RwLock::new(Arc::new(DiskSet::new(disks, Vec::new()))),
             index: Index::default(),
             files,
             sched: Mutex::new(Sched::new()),
@@ -165,23 +148,30 @@ impl Inner {
         found.cloned().ok_or_else(no_disks)
     }
 
+    /// Publishes another set of disks, if `change` gives one.
+    pub(crate) fn change_set<T>(&self, change: impl FnOnce(&DiskSet) -> (T, Option<DiskSet>)) -> T {
+        let mut set = self.set.write();
+        let (value, changed) = change(&set);
+        if let Some(changed) = changed {
+            *set = Arc::new(changed);
+        }
+        value
+    }
+
     /// Takes a disk out of the set; false if it was not in it.
     pub(crate) fn detach(&self, id: DiskId) -> bool {
-        let gone = {
-            let mut set = self.set.write();
-            let (gone, left): (Vec<_>, Vec<_>) = set.disks.iter().cloned().partition(|d| d.id == id);
-            if gone.is_empty() {
-                return false;
-            }
-            *set = Arc::new(DiskSet::new(left));
-            gone
-        };
-        for disk in gone {
-            disk.removed.store(true, Relaxed);
-            disk.stop();
-            if !self.disks().is_empty() {
-                self.record_removal(&disk.path);
-            }
+        let gone = self.change_set(|set| {
+            let gone = set.by_id(id).cloned();
+            let left = gone.as_ref().map(|_| set.without(id));
+            (gone, left)
+        });
+        let Some(disk) = gone else { return false };
+        disk.removed.store(true, Relaxed);
+        disk.stop();
+        if !self.disks().is_empty()
+            && let Err(e) = self.remember(&disk.path, Some(Memory::Removed))
+        {
+            tracing::error!("{e}");
         }
         self.index.remove_disk(id);
         self.files.forget_disk(id);
@@ -303,6 +293,7 @@ fn units_of(len: usize) -> u32 {
 #[derive(Clone)]
 pub struct Store {
     pub(crate) inner: Arc<Inner>,
+    pub(crate) lacking: bool,
 }
 
 impl Store {
@@ -399,18 +390,23 @@ impl Store {
         run: impl Fn(&Arc<Inner>, &Arc<Disk>) -> Result<T> + Clone + Send + 'static,
     ) -> Result<Vec<T>> {
         let mut pending = Vec::new();
-        for disk in &self.inner.disks().disks {
+        for disk in self.inner.disks().all() {
             let (tx, rx) = oneshot::channel();
             let run = run.clone();
             let run = Box::new(move |inner: &Arc<Inner>, disk: Result<&Arc<Disk>>| {
                 drop(tx.send(disk.and_then(|d| run(inner, d))));
             });
             self.inner.submit(Claim::free(), Task::Exec(Exec { disk: Some(disk.id), run }), None);
-            pending.push(rx);
+            pending.push((disk.clone(), rx));
         }
         let mut results = Vec::new();
-        for rx in pending {
-            results.push(rx.await.unwrap_or(Err(StoreError::Closed)));
+        for (disk, rx) in pending {
+            let result = rx.await.unwrap_or(Err(StoreError::Closed));
+            let let_go = !disk.is_removed() && self.inner.disks().by_id(disk.id).is_none();
+            // An unplugged disk that was let go meanwhile has nothing more to do.
+            if result.is_ok() || !let_go {
+                results.push(result);
+            }
         }
         results.into_iter().collect()
     }
@@ -451,7 +447,28 @@ impl Store {
 
     /// Whether the working file exists.
     pub fn exists(&self, replica: Replica) -> bool {
-        self.inner.locate(replica).is_ok_and(|disk| disk.file(replica).is_file())
+        let mut looked_on = None;
+        while let Ok(disk) = self.inner.locate(replica) {
+            if disk.file(replica).is_file() {
+                return true;
+            }
+            // It may have been moved meanwhile.
+            if looked_on.replace(disk.id) == Some(disk.id) {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// Whether a disk was missing at the start that had current objects: it had been plugged into the running node, or
+    /// was still being drained.
+    pub fn lacks_disk(&self) -> bool {
+        self.lacking
+    }
+
+    /// Where the objects are in their disks.
+    pub fn layout(&self) -> Layout {
+        *self.inner.layout.lock()
     }
 
     /// All objects with a working or stale file, ascending, once each.

@@ -309,7 +309,7 @@ async fn old_states_are_kept_linked_and_purged_by_epoch() {
     store.sync_dirs().await.expect("sync");
     let store = dir.open();
     assert_eq!(store.stale_epochs(strip), [Epoch(6)]);
-    store.format().await.expect("format");
+    store.format(Layout::Plain).await.expect("format");
     assert!(store.list().is_empty() && store.space().used == 0);
     assert_eq!(std::fs::read_dir(dir.disk(0)).expect("dir").count(), 1);
     store.create(a, SIZE, 0, filled(4096, 1)).await.expect("usable");

@@ -240,3 +240,20 @@ fn the_lock_excludes_another_process() {
         .expect("run");
     assert!(other.status.success(), "{}", String::from_utf8_lossy(&other.stdout));
 }
+
+#[test]
+fn a_log_fetched_from_another_node_never_replaces_an_own_one() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let meta = MetaDir::open(&dir.path().join("meta")).expect("open");
+    let log = |time| EpochLog { nodes: Vec::new(), time };
+    meta.keep_epoch(Epoch(3), &log(1)).expect("keep");
+    assert_eq!(meta.read_epoch(Epoch(3)).expect("read").time, 1);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..200).for_each(|_| meta.write_epoch(Epoch(3), &log(7)).expect("write")));
+            scope.spawn(|| (0..200).for_each(|_| meta.keep_epoch(Epoch(3), &log(2)).expect("keep")));
+        }
+    });
+    meta.keep_epoch(Epoch(3), &log(2)).expect("keep");
+    assert_eq!(meta.read_epoch(Epoch(3)).expect("read").time, 7);
+}

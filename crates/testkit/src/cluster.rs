@@ -19,6 +19,7 @@ use crate::client::Client;
 use crate::node::{Node, Output};
 use crate::ports::Ports;
 use crate::wait::{DEADLINE, wait, wait_for};
+use crate::zookeeper::ZooKeeper;
 
 /// How a cluster is made. [`Builder::start`] starts it.
 pub struct Builder {
@@ -31,6 +32,26 @@ pub struct Builder {
     node_args: Vec<(usize, String)>,
     format: Option<ClusterRequest>,
     store: String,
+    driver: TestDriver,
+}
+
+/// How the nodes of a test find each other.
+#[derive(Clone, Copy)]
+enum TestDriver {
+    Local,
+    /// Over a server of the cluster's own, with this session timeout in milliseconds.
+    ZooKeeper(u64),
+}
+
+impl TestDriver {
+    /// What `SHEEPDOG_TEST_DRIVER` asks for.
+    fn from_env() -> TestDriver {
+        match std::env::var("SHEEPDOG_TEST_DRIVER").as_deref() {
+            Err(_) | Ok("local") => TestDriver::Local,
+            Ok("zookeeper") => TestDriver::ZooKeeper(2000),
+            Ok(other) => panic!("SHEEPDOG_TEST_DRIVER={other}: the tests can use local and zookeeper"),
+        }
+    }
 }
 
 impl Builder {
@@ -52,6 +73,7 @@ impl Builder {
             node_args: Vec::new(),
             format: Some(format),
             store: "plain".into(),
+            driver: TestDriver::from_env(),
         }
     }
 
@@ -116,6 +138,19 @@ impl Builder {
         self
     }
 
+    /// Use a ZooKeeper server of the cluster's own, whatever `SHEEPDOG_TEST_DRIVER` says; the session timeout in
+    /// milliseconds.
+    pub fn zookeeper(mut self, timeout: u64) -> Builder {
+        self.driver = TestDriver::ZooKeeper(timeout);
+        self
+    }
+
+    /// Formats with this store driver; default `plain`.
+    pub fn store(mut self, name: &str) -> Builder {
+        self.store = name.into();
+        self
+    }
+
     /// Do not format.
     pub fn unformatted(mut self) -> Builder {
         self.format = None;
@@ -131,6 +166,14 @@ impl Builder {
         let root =
             tempfile::Builder::new().prefix("sheepdog-test-").tempdir().expect("a temporary directory");
         let reserved = self.ports.is_none().then(Ports::reserve);
+        let (zookeeper, driver) = match self.driver {
+            TestDriver::Local => (None, format!("local:{}", root.path().join("shm").display())),
+            TestDriver::ZooKeeper(timeout) => {
+                let server = ZooKeeper::start(1);
+                let driver = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
+                (Some(server), driver)
+            }
+        };
         let mut nodes = Vec::new();
         for index in 0..self.nodes {
             let port = match (&reserved, &self.ports) {
@@ -138,9 +181,9 @@ impl Builder {
                 (None, Some(fixed)) => fixed[index],
                 (None, None) => unreachable!("ports are reserved or given"),
             };
-            nodes.push(self.node(root.path(), index, port));
+            nodes.push(self.node(root.path(), &driver, index, port));
         }
-        let mut cluster = Cluster { nodes, root: Some(root), reserved, keep: false };
+        let mut cluster = Cluster { nodes, root: Some(root), reserved, zookeeper, keep: false };
         for i in 0..self.nodes {
             cluster.start(i);
         }
@@ -152,7 +195,7 @@ impl Builder {
         cluster
     }
 
-    fn node(&self, root: &Path, index: usize, port: u16) -> Node {
+    fn node(&self, root: &Path, driver: &str, index: usize, port: u16) -> Node {
         let dir = root.join(format!("n{index}"));
         let zone = self.zones.as_ref().map_or(index as u32, |z| z[index]);
         let gateway = self.gateways.contains(&index);
@@ -162,7 +205,7 @@ impl Builder {
         }
         let mut args: Vec<String> =
             ["-f", "-b", "127.0.0.1", "-y", "127.0.0.1", "-c"].iter().map(|s| s.to_string()).collect();
-        args.push(driver(root));
+        args.push(driver.to_owned());
         args.extend(["-p".into(), port.to_string(), "-z".into(), zone.to_string()]);
         if gateway {
             args.push("-g".into());
@@ -178,20 +221,14 @@ impl Builder {
     }
 }
 
-/// The `-c` argument that `SHEEPDOG_TEST_DRIVER` asks for.
-fn driver(root: &Path) -> String {
-    match std::env::var("SHEEPDOG_TEST_DRIVER").as_deref() {
-        Err(_) | Ok("local") => format!("local:{}", root.join("shm").display()),
-        Ok(other) => panic!("SHEEPDOG_TEST_DRIVER={other}: the tests can only use the local driver so far"),
-    }
-}
-
 /// A running cluster. Dropping it kills its processes and removes its directory.
 pub struct Cluster {
     /// The daemons.
     pub nodes: Vec<Node>,
     root: Option<TempDir>,
     reserved: Option<Ports>,
+    /// The server of a cluster over ZooKeeper.
+    pub zookeeper: Option<ZooKeeper>,
     keep: bool,
 }
 

@@ -36,17 +36,20 @@ pub struct Comparison {
     pub differences: Vec<Difference>,
 }
 
-/// Object files of a directory: the names that are exactly 16 hex digits.
-pub fn object_files(dir: &Path) -> Vec<(Oid, PathBuf)> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries
-        .filter_map(|e| e.ok())
-        .filter_map(|e| {
-            let name = e.file_name().into_string().ok()?;
-            let is_name = name.len() == 16 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-            is_name.then(|| (Oid(u64::from_str_radix(&name, 16).expect("16 hex digits")), e.path()))
-        })
-        .collect()
+/// Object files of a disk, of either store driver: the names that are exactly 16 hex digits.
+pub fn object_files(disk: &Path) -> Vec<(Oid, PathBuf)> {
+    let is_hex = |name: &str| name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let Ok(entries) = fs::read_dir(disk) else { return Vec::new() };
+    let mut files = Vec::new();
+    for entry in entries.filter_map(Result::ok) {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if name == "meta" || name.len() == 2 && is_hex(&name) {
+            files.extend(object_files(&entry.path()));
+        } else if name.len() == 16 && is_hex(&name) {
+            files.push((Oid(u64::from_str_radix(&name, 16).expect("16 hex digits")), entry.path()));
+        }
+    }
+    files
 }
 
 fn is_allocated(file: &File) -> bool {
@@ -102,7 +105,10 @@ impl Cluster {
 
     /// The file of an object on a node, if it holds one.
     pub fn object_path(&self, index: usize, oid: Oid) -> Option<PathBuf> {
-        self.nodes[index].object_dirs().iter().map(|d| d.join(oid.to_string())).find(|p| p.is_file())
+        let vid = format!("{:02x}", oid.vid().get() & 0xff);
+        let dirs = self.nodes[index].object_dirs().into_iter();
+        let mut places = dirs.flat_map(|d| [d.clone(), d.join("meta"), d.join(&vid)]);
+        places.find_map(|d| Some(d.join(oid.to_string())).filter(|p| p.is_file()))
     }
 
     /// Nodes that hold a current file of the object.

@@ -18,10 +18,13 @@ pub mod ports;
 pub mod vdi;
 pub mod vectors;
 pub mod wait;
+pub mod zookeeper;
 
 pub use client::{Client, answer};
 pub use cluster::{Builder, Cluster};
 pub use netns::in_own_network;
 pub use node::{Node, Output};
+pub use ports::Ports;
 pub use vdi::Vdi;
 pub use wait::{wait, wait_for};
+pub use zookeeper::ZooKeeper;

@@ -32,8 +32,11 @@ pub enum Command {
     Leave,
     /// End this node.
     Kill,
-    /// A disk is gone: recover what was on it, in the present epoch.
-    Rebuild,
+    /// The disks of this node changed: recover, in the present epoch, what it should have and has not.
+    Rebuild {
+        /// Objects are gone with a disk: this node does not know any more what it had.
+        lost: bool,
+    },
     /// The lock states of the others have been learned.
     LocksCollected,
     /// Announce a changed record of this node.

@@ -12,9 +12,11 @@ use sheepdog_proto::{
     CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NodeRecord, Request, Response, ResultCode,
     VdiId, Wire, cstr,
 };
+use sheepdog_store::Layout;
 
 use super::task::{LockChange, Task};
 use crate::sheep::Sheep;
+use crate::start;
 use crate::vdi::table::Redundancy;
 
 /// A main part: its value is the operation's result.
@@ -30,8 +32,8 @@ async fn apply(task: &mut Task, outcome: Result<Vec<super::state::Action>, Resul
     }
 }
 
-/// Store drivers that this version has.
-pub const STORE_DRIVERS: &[&str] = &["plain"];
+/// Store drivers that this version has, in the order of the original's list.
+pub const STORE_DRIVERS: &[Layout] = &[Layout::Tree, Layout::Plain];
 
 /// MAKE_FS.
 pub fn make_fs<'a>(
@@ -40,14 +42,18 @@ pub fn make_fs<'a>(
     _: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
-        let own = task.sheep.meta.node_config().ok().and_then(|(name, _)| name);
-        let store = own.unwrap_or_else(|| String::from_utf8_lossy(cstr(&message.data)).into_owned());
-        if !STORE_DRIVERS.contains(&store.as_str()) {
+        let store = String::from_utf8_lossy(cstr(&message.data)).into_owned();
+        let Some(layout) = Layout::by_name(&store) else {
             tracing::error!("backend store '{store}' is not supported");
+            return ResultCode::NO_STORE;
+        };
+        // The choice of this node alone, if it made one.
+        if let Err(error) = start::driver(&task.sheep.meta, store.as_bytes()) {
+            tracing::error!("{error}");
             return ResultCode::NO_STORE;
         }
         let body = message.request.cluster();
-        let outcome = task.state.format(&body, store.as_bytes());
+        let outcome = task.state.format(&body, layout.name().as_bytes());
         apply(task, outcome).await
     })
 }
@@ -360,7 +366,7 @@ pub async fn epoch_log(sheep: &Arc<Sheep>, epoch: sheepdog_proto::Epoch) -> Opti
         else {
             continue;
         };
-        if let Err(error) = tokio::task::block_in_place(|| sheep.meta.write_epoch(epoch, &log)) {
+        if let Err(error) = tokio::task::block_in_place(|| sheep.meta.keep_epoch(epoch, &log)) {
             tracing::warn!("cannot keep the log of epoch {epoch}: {error}");
         }
         return Some(log);

@@ -52,7 +52,8 @@ pub enum Action {
     Checkpoint(Epoch),
     /// Learn the lock states of this epoch from the other members.
     CollectLocks(Epoch),
-    /// Start a recovery round.
+    /// Begin a recovery round: from here on absent objects are waited for. Comes before [`Action::Publish`], so that
+    /// nobody takes an object for missing in between; the round runs when all actions are done.
     Recover(Round),
     /// All members have recovered this epoch.
     Gathered(Epoch),
@@ -303,7 +304,6 @@ impl State {
         actions.push(Action::Publish);
         self.fetch_tables(node, is_me, &mut actions);
         self.hand_over_locks(answered_epoch, is_me, &mut actions);
-        self.move_recovery_last(&mut actions);
         actions
     }
 
@@ -325,14 +325,6 @@ impl State {
         };
         if !from.is_empty() {
             actions.push(Action::FetchVdis(from, !is_me));
-        }
-    }
-
-    /// Recovery lists objects only after the tables are being fetched.
-    fn move_recovery_last(&self, actions: &mut Vec<Action>) {
-        if let Some(at) = actions.iter().position(|a| matches!(a, Action::Recover(_))) {
-            let recover = actions.remove(at);
-            actions.push(recover);
         }
     }
 
@@ -410,7 +402,6 @@ impl State {
             self.raise_epoch(old, &mut actions);
         }
         actions.push(Action::Publish);
-        self.move_recovery_last(&mut actions);
         actions
     }
 
@@ -429,7 +420,6 @@ impl State {
         self.members = members;
         self.raise_epoch(old, &mut actions);
         actions.push(Action::Publish);
-        self.move_recovery_last(&mut actions);
         actions
     }
 
@@ -513,7 +503,6 @@ impl State {
         let mut actions = vec![Action::SaveConfig];
         self.raise_epoch(old, &mut actions);
         actions.push(Action::Publish);
-        self.move_recovery_last(&mut actions);
         Ok(actions)
     }
 
@@ -532,7 +521,7 @@ impl State {
         let epoch = self.epoch();
         let round =
             Round { epoch, tgt_epoch: epoch, old: self.members.clone(), announce: false, wildcard: false };
-        vec![Action::Publish, Action::Recover(round)]
+        vec![Action::Recover(round), Action::Publish]
     }
 
     /// ENABLE_RECOVER, DISABLE_RECOVER.

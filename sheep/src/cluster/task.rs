@@ -8,7 +8,7 @@ use sheepdog_cluster::{Driver, Event};
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
-use sheepdog_proto::{ClusterStatus, Flags, NodeId, NodeRecord, Response, ResultCode, VdiId};
+use sheepdog_proto::{ClusterInfo, ClusterStatus, Flags, NodeId, NodeRecord, Response, ResultCode, VdiId};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::{Command, Submission};
@@ -17,16 +17,24 @@ use super::worker::{Work, Worker};
 use crate::dispatch;
 use crate::recovery;
 use crate::sheep::Sheep;
+use crate::start;
 use crate::view::View;
 
 /// A call that must reach the driver in this order.
 enum DriverCall {
     Notify(u64, Vec<u8>),
-    Block(u64),
+    Block,
     Unblock(u64, Vec<u8>),
     Leave,
+    Join(NodeRecord, Box<ClusterInfo>),
     UpdateNode(NodeRecord, tokio::sync::oneshot::Sender<ResultCode>),
 }
+
+/// Tokens of calls that no operation waits for; those of operations are higher.
+const BLOCK: u64 = 0;
+const LEAVE: u64 = 1;
+const JOIN: u64 = 2;
+const UPDATE: u64 = 3;
 
 /// An operation whose message is on its way.
 struct Sent {
@@ -47,6 +55,8 @@ pub struct Task {
     blocks: VecDeque<Submission>,
     block_asked: bool,
     running: Option<Submission>,
+    /// The mutex under which the operation runs was lost with the session.
+    dropped: bool,
     unblocking: Option<Sent>,
     exit: watch::Sender<Option<i32>>,
     /// Lock changes of others while the lock states are being learned.
@@ -71,14 +81,15 @@ async fn call_driver(
     while let Some(call) = calls.recv().await {
         let (token, result) = match call {
             DriverCall::Notify(token, message) => (token, driver.notify(message).await),
-            DriverCall::Block(token) => (token, driver.block().await),
+            DriverCall::Block => (BLOCK, driver.block().await),
             DriverCall::Unblock(token, message) => (token, driver.unblock(message).await),
-            DriverCall::Leave => (0, driver.leave().await),
+            DriverCall::Leave => (LEAVE, driver.leave().await),
+            DriverCall::Join(record, info) => (JOIN, driver.join(record, *info).await),
             DriverCall::UpdateNode(node, reply) => {
                 let result = driver.update_node(node).await;
                 let code = if result.is_ok() { ResultCode::SUCCESS } else { ResultCode::CLUSTER_ERROR };
                 let _ = reply.send(code);
-                (0, result)
+                (UPDATE, result)
             }
         };
         if let Err(error) = result {
@@ -112,6 +123,12 @@ pub fn view_of(state: &State) -> View {
     }
 }
 
+/// Answers that the cluster did not do it.
+fn refuse(submission: Submission) {
+    let response = Response::to(&submission.request, ResultCode::CLUSTER_ERROR);
+    let _ = submission.reply.send(Reply::empty(response));
+}
+
 impl Task {
     /// Starts the task; `exit` gets the process's exit status when the cluster decides that it ends.
     pub fn spawn(
@@ -130,11 +147,12 @@ impl Task {
             state,
             worker,
             driver: calls,
-            next_token: 1,
+            next_token: UPDATE,
             notifies: VecDeque::new(),
             blocks: VecDeque::new(),
             block_asked: false,
             running: None,
+            dropped: false,
             unblocking: None,
             exit,
             lock_log: Vec::new(),
@@ -181,6 +199,9 @@ impl Task {
                 tracing::info!("{} joined, {} members", node.nid, members.len());
                 let actions = self.state.accept(&node, members, info);
                 self.act(actions).await;
+                if node.nid == self.state.me.nid {
+                    self.ask_block();
+                }
             }
             Event::Leave { node, members } => {
                 tracing::info!("{} left, {} members", node.nid, members.len());
@@ -202,12 +223,25 @@ impl Task {
                 }
             }
             Event::Notify { sender, message } => self.deliver(sender, &message).await,
-            Event::Reconnect => {
-                let actions = self.state.reconnect();
-                self.act(actions).await;
-            }
+            Event::Suspended(true) => tracing::warn!("writes wait until this node is known to be a member"),
+            Event::Suspended(false) => tracing::info!("writes go on"),
+            Event::Reconnect => self.reconnect().await,
             Event::Failed(reason) => self.end(1, &[reason]),
         }
+    }
+
+    /// The session is lost (spec 04, 8.4): nobody can tell whether what was sent was delivered, so it is answered as
+    /// failed, what was not begun waits for the new session, and this node joins again.
+    async fn reconnect(&mut self) {
+        let actions = self.state.reconnect();
+        self.act(actions).await;
+        for sent in self.notifies.drain(..).chain(self.unblocking.take()) {
+            refuse(sent.submission);
+        }
+        self.dropped = self.running.is_some();
+        self.block_asked = false;
+        let (record, info) = (self.state.me, self.state.cluster_info());
+        let _ = self.driver.send(DriverCall::Join(record, Box::new(info)));
     }
 
     async fn command(&mut self, command: Command) {
@@ -223,8 +257,10 @@ impl Task {
                 self.act(actions).await;
             }
             Command::LocksCollected => self.replay_locks(),
-            Command::Rebuild => {
-                self.sheep.history.restart(self.state.epoch().next());
+            Command::Rebuild { lost } => {
+                if lost {
+                    self.sheep.history.restart(self.state.epoch().next());
+                }
                 if self.state.status == ClusterStatus::Ok {
                     let actions = self.state.same_epoch_round();
                     self.act(actions).await;
@@ -281,14 +317,18 @@ impl Task {
 
     /// One block at a time: the next is asked for when the last one's message has come back (spec 04, 13.3).
     fn ask_block(&mut self) {
-        if !self.blocks.is_empty() && !self.block_asked {
+        if !self.blocks.is_empty() && !self.block_asked && self.state.joined {
             self.block_asked = true;
-            let _ = self.driver.send(DriverCall::Block(0));
+            let _ = self.driver.send(DriverCall::Block);
         }
     }
 
     fn work_done(&mut self, reply: Reply) {
         let Some(submission) = self.running.take() else { return };
+        if std::mem::take(&mut self.dropped) {
+            refuse(submission);
+            return self.ask_block();
+        }
         let request = submission.request;
         let data = if dispatch::main_part(request.opcode).is_none() {
             vec![0; reply.data.len()]
@@ -310,19 +350,13 @@ impl Task {
 
     fn driver_failed(&mut self, token: u64, error: &str) {
         tracing::error!("cluster driver: {error}");
-        let refuse = |sent: Sent| {
-            let response = Response::to(&sent.submission.request, ResultCode::CLUSTER_ERROR);
-            let _ = sent.submission.reply.send(Reply::empty(response));
-        };
         if let Some(at) = self.notifies.iter().position(|s| s.token == token) {
-            self.notifies.remove(at).into_iter().for_each(refuse);
+            self.notifies.remove(at).into_iter().for_each(|sent| refuse(sent.submission));
         } else if self.unblocking.as_ref().is_some_and(|s| s.token == token) {
             self.end(1, &[format!("Failed to unblock, {error}, exiting.")]);
-        } else if token == 0 && self.block_asked && self.running.is_none() && self.unblocking.is_none() {
+        } else if token == BLOCK && self.block_asked && self.running.is_none() && self.unblocking.is_none() {
             self.block_asked = false;
-            for submission in self.blocks.drain(..) {
-                refuse(Sent { token, submission });
-            }
+            self.blocks.drain(..).for_each(refuse);
         }
     }
 
@@ -377,6 +411,7 @@ impl Task {
                 return;
             }
         }
+        self.sheep.recovery.launch();
     }
 
     async fn act_one(&mut self, action: Action) {
@@ -385,7 +420,10 @@ impl Task {
             Action::Log(tracing::Level::WARN, text) => tracing::warn!("{text}"),
             Action::Log(_, text) => tracing::info!("{text}"),
             Action::Exit(code, lines) => self.end(code, &lines),
-            Action::SaveConfig => self.save_config(),
+            Action::SaveConfig => {
+                self.choose_layout().await;
+                self.save_config();
+            }
             Action::SaveEpoch => self.save_epoch(),
             Action::KeepEpoch => {
                 let known = self.sheep.meta.read_epoch(self.state.epoch());
@@ -408,7 +446,7 @@ impl Task {
                 self.sheep.vdis.set_collecting(true);
                 self.worker.push(Work::CollectLocks(epoch));
             }
-            Action::Recover(round) => self.sheep.recovery.start(round),
+            Action::Recover(round) => self.sheep.recovery.begin(round),
             Action::Gathered(epoch) => self.sheep.recovery.gathered(&self.sheep, epoch).await,
             Action::DropNode(node) => {
                 self.sheep.peers.forget(&node);
@@ -457,12 +495,27 @@ impl Task {
     async fn wipe(&mut self) {
         self.sheep.recovery.stop();
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
-        if let Some(store) = &self.sheep.store
-            && let Err(error) = store.format().await
-        {
-            tracing::error!("cannot format the store: {error}");
+        if let Some(store) = &self.sheep.store {
+            let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);
+            let layout = layout.ok().flatten().unwrap_or_else(|| store.layout());
+            if let Err(error) = store.format(layout).await {
+                tracing::error!("cannot format the store: {error}");
+            }
         }
         self.sheep.vdis.clear();
+    }
+
+    /// A node that just learned of its cluster's store driver arranges its disks accordingly.
+    async fn choose_layout(&mut self) {
+        let Some(store) = &self.sheep.store else { return };
+        let changed = match start::driver(&self.sheep.meta, &self.state.config.default_store) {
+            Ok(Some(layout)) if layout != store.layout() => store.set_layout(layout).await,
+            Ok(_) => return,
+            Err(error) => return self.end(1, &[error.to_string()]),
+        };
+        if let Err(error) = changed {
+            self.end(1, &[format!("cannot rearrange the store: {error}")]);
+        }
     }
 
     /// Objects that stayed where they are would be served as current: then the node ends instead.

@@ -1,14 +1,17 @@
 //! Updates of block tables, with the reference counting that hangs on them (spec 01, 12.5; spec 05, sections 9, 10).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use sheepdog_proto::header::CoherenceRequest;
+use futures_util::future::join_all;
+use sheepdog_proto::header::{CoherenceRequest, ObjRequest};
 use sheepdog_proto::inode::{self, Gref, INODE_LOOKUP_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, gref_offset};
-use sheepdog_proto::{ClusterFlags, Oid, Opcode, Request, ResultCode, VdiId};
+use sheepdog_proto::{ClusterFlags, Flags, Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::sheep::Sheep;
 use crate::vdi::locks::Participation;
+use crate::vdi::objects::read_lookup_header;
 use crate::vdi::reclaim::{Pending, Reference};
 
 /// Offset of `store_policy` in an inode.
@@ -31,6 +34,10 @@ struct Change {
 pub async fn update(sheep: &Arc<Sheep>, vid: VdiId, offset: u64, data: Bytes) -> Result<(), ResultCode> {
     let oid = Oid::inode(vid);
     let _serial = sheep.gateway.maps.turn(oid, 0..1, true).await;
+    let adds = inode::table(&data).iter().any(|v| v.get() != 0);
+    if adds && read_lookup_header(sheep, vid).await?.is_deleted() {
+        return Err(ResultCode::NO_VDI);
+    }
     invalidate_others(sheep, vid).await?;
     let first = ((offset - TABLE_OFFSET as u64) / 4) as u32;
     let changes = changes(sheep, oid, first, offset, &data).await?;
@@ -126,6 +133,46 @@ pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
             tracing::warn!("{vid:?}: refresh was not announced: {result}");
         }
     }
+}
+
+/// How long other nodes may take to end their table updates.
+const SETTLE: Duration = Duration::from_secs(5);
+/// Between two questions to one node.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
+
+/// Waits until every member refuses writes to the announced snapshot `vid` and has ended the table updates that it began
+/// before: from then on the table is final.
+pub async fn settle_snapshot(sheep: &Arc<Sheep>, vid: VdiId) {
+    settle(sheep, vid, |answer| answer == ResultCode::READONLY).await;
+}
+
+/// Waits until every member has ended the table updates of `vid` that it has in progress.
+pub async fn settle_updates(sheep: &Arc<Sheep>, vid: VdiId) {
+    settle(sheep, vid, |_| true).await;
+}
+
+/// Asks every member by a write of nothing to an object that cannot exist, which waits for table updates in progress. An answer counts
+/// if it is `done`; a member that gives none in time is left out: it is about to leave.
+async fn settle(sheep: &Arc<Sheep>, vid: VdiId, done: fn(ResultCode) -> bool) {
+    // Behind every table: a write to an object that is just being removed would bring it back.
+    let body = ObjRequest { oid: Oid::data(vid, u32::MAX), ..ObjRequest::zeroed() };
+    let probe = Request::new(Opcode::WRITE_OBJ).flag(Flags::WRITE).with_obj(body);
+    let view = sheep.views.load();
+    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let all = join_all(others.map(|node| async move {
+        loop {
+            let reply = sheep.peers.call(&node, probe, Bytes::new(), SETTLE).await;
+            let answered = reply.is_ok_and(|r| done(r.response.result));
+            if answered || !sheep.views.load().is_member(&node) {
+                return;
+            }
+            tokio::time::sleep(SETTLE_PAUSE).await;
+        }
+    }));
+    if tokio::time::timeout(SETTLE, all).await.is_err() {
+        tracing::warn!("{vid:?}: not every node has ended its table updates in time");
+    }
+    drop(sheep.gateway.map_barrier(vid).await);
 }
 
 impl super::Gateway {

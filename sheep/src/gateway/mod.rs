@@ -2,9 +2,12 @@
 //!
 //! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
 //! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`replicas`] is a single
-//! attempt in one epoch, [`coded`] one for erasure-coded objects; [`map`] updates block tables.
+//! attempt in one epoch, [`coded`] one for erasure-coded objects; [`map`] updates block tables, [`guard`] inode
+//! headers; [`drops`] drops references.
 
 pub mod coded;
+mod drops;
+mod guard;
 pub mod map;
 pub mod object;
 pub mod replicas;
@@ -15,7 +18,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
-use sheepdog_proto::inode::{GREF_OFFSET, TABLE_OFFSET, is_table_update};
+use sheepdog_proto::inode::{GREF_OFFSET, INODE_LOOKUP_LEN, TABLE_OFFSET, is_table_update};
 use sheepdog_proto::{Flags, Oid, Opcode, Request, Response, ResultCode};
 
 use crate::order::Order;
@@ -136,7 +139,11 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     }
     let view = sheep.views.load();
     let redundancy = sheep.redundancy(oid.vid(), &view);
-    if oid.is_data() && redundancy.snapshot {
+    if oid.is_data() && payload.is_empty() {
+        // How another node asks whether this one knows of a snapshot and is done with what came before.
+        drop(sheep.gateway.map_barrier(oid.vid()).await);
+    }
+    if oid.is_data() && sheep.redundancy(oid.vid(), &view).snapshot {
         return Err(ResultCode::READONLY);
     }
     let (offset, len) = (u64::from(body.offset), payload.len() as u64);
@@ -155,6 +162,9 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
         if !map::is_btree(sheep, oid.vid()).await? {
             return map::update(sheep, oid.vid(), offset, payload).await;
         }
+    }
+    if oid.is_inode() && offset < INODE_LOOKUP_LEN as u64 {
+        return guard::write_header(sheep, oid, offset, payload).await;
     }
     sheep.gateway.write_object(sheep, oid, offset, payload).await
 }

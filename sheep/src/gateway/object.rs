@@ -8,11 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use sheepdog_erasure::Code;
-use sheepdog_proto::header::{ObjRequest, RefRequest};
-use sheepdog_proto::ledger::Ledger;
-use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, Flags, Oid, Opcode, Request, ResultCode};
 
 use super::Gateway;
 use super::coded::code_of;
@@ -223,24 +221,6 @@ impl Gateway {
         retry(sheep, oid, false, |view, kept| async move {
             let request = request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies);
             replicas::fan_out(sheep, &view, request, Bytes::new(), kept.copies).await
-        })
-        .await
-    }
-
-    /// Drops a reference in the ledgers of all replicas, on each at most once: what is in doubt is left (a leak, which
-    /// loses nothing) and logged (spec 05, section 10).
-    pub async fn decref_object(&self, sheep: &Arc<Sheep>, drop: RefRequest) -> Result<(), ResultCode> {
-        let oid = drop.oid;
-        if !Ledger::is_valid_generation(drop.generation) || oid.kind() != sheepdog_proto::ObjectKind::Ledger {
-            return Err(ResultCode::INVALID_PARMS);
-        }
-        let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        let (first, done): (Mutex<Vec<NodeId>>, Mutex<Vec<NodeId>>) = Default::default();
-        let (first, done) = (&first, &done);
-        retry(sheep, oid, false, |view, kept| async move {
-            let request =
-                Request::new(Opcode::DECREF_PEER).flag(Flags::FWD).epoch(view.epoch).with_reference(drop);
-            replicas::decref(sheep, &view, request, kept.copies, first, done).await
         })
         .await
     }

@@ -6,7 +6,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use parking_lot::Mutex;
 use sheepdog_client::Reply;
 use sheepdog_proto::{Epoch, NodeId, Opcode, Request, ResultCode};
 
@@ -62,7 +61,8 @@ pub async fn call(
     }
 }
 
-fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Vec<NodeId>, Failure> {
+/// The homes of the object that `request` names; this node last.
+pub fn homes(sheep: &Sheep, view: &View, request: &Request, copies: u8) -> Result<Vec<NodeId>, Failure> {
     let oid = request.obj().oid;
     let mut nodes: Vec<NodeId> = view.ring.nodes_of(oid, copies.into()).map(|n| n.nid).collect();
     if nodes.is_empty() {
@@ -78,7 +78,8 @@ pub fn deciding(failures: &[Failure]) -> Option<Failure> {
     failures.iter().find(|f| f.code.is_retriable()).or(failures.last()).copied()
 }
 
-async fn on_all(
+/// Sends the same request to all of `nodes`.
+pub async fn on_all(
     sheep: &Arc<Sheep>,
     nodes: &[NodeId],
     request: Request,
@@ -178,41 +179,4 @@ pub async fn read(sheep: &Arc<Sheep>, view: &View, request: Request, copies: u8)
         }
     }
     Err(deciding(&failures).unwrap_or(ResultCode::NETWORK_ERROR.into()))
-}
-
-/// Drops a reference on every home of the `first` attempt that did something and is not `done` yet. A home whose answer is lost may or may not have done it:
-/// the attempt ends there for good.
-pub async fn decref(
-    sheep: &Arc<Sheep>,
-    view: &View,
-    request: Request,
-    copies: u8,
-    first: &Mutex<Vec<NodeId>>,
-    done: &Mutex<Vec<NodeId>>,
-) -> Result<(), Failure> {
-    let nodes = homes(sheep, view, &request, copies)?;
-    // Once a home has applied the drop, a new home gets it with the ledger that it recovers and must not apply it again.
-    let begun = !done.lock().is_empty();
-    let left: Vec<NodeId> = if begun {
-        first.lock().iter().filter(|n| nodes.contains(n) && !done.lock().contains(n)).copied().collect()
-    } else {
-        *first.lock() = nodes.clone();
-        nodes
-    };
-    let results = on_all(sheep, &left, request, &Bytes::new()).await;
-    let mut failures = Vec::new();
-    for (node, result) in left.iter().zip(results) {
-        match result {
-            Ok(_) => done.lock().push(*node),
-            Err(failure) if failure.code == ResultCode::NETWORK_ERROR => {
-                tracing::warn!(
-                    "{}: outcome of a reference drop on {node} is unknown, leaving it",
-                    request.obj().oid
-                );
-                done.lock().push(*node);
-            }
-            Err(failure) => failures.push(failure),
-        }
-    }
-    deciding(&failures).map_or(Ok(()), Err)
 }

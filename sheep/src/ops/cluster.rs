@@ -51,7 +51,7 @@ pub fn cluster_info<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> Bo
 /// GET_STORE_LIST: every driver's name, each followed by a blank.
 pub fn get_store_list<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
-        let mut text: String = STORE_DRIVERS.iter().map(|name| format!("{name} ")).collect();
+        let mut text: String = STORE_DRIVERS.iter().map(|driver| format!("{} ", driver.name())).collect();
         text.push('\0');
         let mut data = text.into_bytes();
         data.truncate(request.reply_capacity());

@@ -10,6 +10,7 @@ use sheepdog_proto::header::NodeResponse;
 use sheepdog_proto::{ClusterFlags, Flags, NodeRecord, Request, ResultCode, Wire};
 
 use super::{fixed, result};
+use crate::disks;
 use crate::sheep::Sheep;
 use crate::shell::log;
 use crate::shell::log::Severity;
@@ -58,9 +59,17 @@ pub fn kill_node<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFu
     })
 }
 
-/// STAT_RECOVERY.
+/// STAT_RECOVERY: the round of recovery, else the moving of objects off unplugged disks.
 pub fn stat_recovery<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { fixed(&request, sheep.recovery.state().encode()) })
+    Box::pin(async move {
+        let mut state = sheep.recovery.state();
+        if state.in_recovery == 0
+            && let Some(draining) = sheep.disks.draining(sheep)
+        {
+            state = draining;
+        }
+        fixed(&request, state.encode())
+    })
 }
 
 /// GET_RECOVERY.
@@ -92,12 +101,14 @@ pub fn md_info<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFutu
     })
 }
 
-/// MD_PLUG_DISKS, MD_UNPLUG_DISKS: changing disks of a running node is not possible yet.
-pub fn md_change<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move {
-        tracing::error!("{}: plugging and unplugging disks is not supported by this version", request.opcode);
-        result(&request, ResultCode::NO_SUPPORT)
-    })
+/// MD_PLUG_DISKS.
+pub fn md_plug<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { result(&request, disks::plug(sheep, &payload).await) })
+}
+
+/// MD_UNPLUG_DISKS.
+pub fn md_unplug<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { result(&request, disks::unplug(sheep, &payload).await) })
 }
 
 fn my_record(sheep: &Sheep) -> Option<NodeRecord> {

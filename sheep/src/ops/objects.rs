@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{HashResponse, ObjRequest};
 use sheepdog_proto::inode::table_offset;
 use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, Wire};
-use sheepdog_store::StoreError;
+use sheepdog_store::{StoreError, SyncMode};
 
 use super::{list, result};
 use crate::gateway::map;
@@ -19,6 +19,8 @@ use crate::view::View;
 
 /// How long a hash or list request of a newer epoch waits for this node to get there.
 const EPOCH_WAIT: Duration = Duration::from_secs(5);
+/// Deadline of a flush on another node.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
 /// Deadline of a repair copy.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -180,10 +182,47 @@ async fn discard_block(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
     map::update(sheep, vid, table_offset(oid.index()), sheepdog_buffer::zeros(4)).await
 }
 
-/// FLUSH_VDI: every acknowledged write is durable, clients need not ask (spec 06, 6.7).
+/// FLUSH_VDI. In the default mode every acknowledged write is durable and clients need not ask: `INVALID_PARMS` tells
+/// them so (spec 06, 6.7). Under `-n` it makes what was acknowledged before durable on every node.
 pub fn flush_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
         let _active = sheep.stats.gateway(&request);
-        result(&request, ResultCode::INVALID_PARMS)
+        let buffered = sheep.store.as_ref().is_some_and(|s| s.sync_mode() == SyncMode::NoSync);
+        let code = if buffered { flush_all(sheep).await } else { ResultCode::INVALID_PARMS };
+        result(&request, code)
     })
+}
+
+/// Flushes every node. A member that does not know how (the original) leaves the answer at `INVALID_PARMS`, which is
+/// what it would answer itself.
+async fn flush_all(sheep: &Arc<Sheep>) -> ResultCode {
+    let view = sheep.views.load();
+    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let asked = others.map(|node| async move {
+        let request = Request::new(Opcode::FLUSH_PEER);
+        let reply = sheep.peers.call(&node, request, Bytes::new(), FLUSH_DEADLINE).await;
+        reply.map_or(ResultCode::NETWORK_ERROR, |r| r.response.result)
+    });
+    let (own, answers) = tokio::join!(flush_own(sheep), join_all(asked));
+    let failed = answers.into_iter().chain([own]).find(|code| !code.is_ok());
+    match failed {
+        None => ResultCode::SUCCESS,
+        Some(ResultCode::INVALID_PARMS) => ResultCode::INVALID_PARMS,
+        Some(code) => {
+            tracing::error!("flush failed: {code}");
+            ResultCode::EIO
+        }
+    }
+}
+
+async fn flush_own(sheep: &Arc<Sheep>) -> ResultCode {
+    match &sheep.store {
+        Some(store) => store.flush().await.map_or_else(|e| e.result(), |()| ResultCode::SUCCESS),
+        None => ResultCode::SUCCESS,
+    }
+}
+
+/// FLUSH_PEER: makes what this node acknowledged durable.
+pub fn flush_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move { result(&request, flush_own(sheep).await) })
 }

@@ -94,6 +94,8 @@ impl Active {
 pub struct Recovery {
     rounds: mpsc::UnboundedSender<Round>,
     current: Mutex<Option<Arc<Active>>>,
+    /// Begun and not launched yet.
+    begun: Mutex<Option<Round>>,
     gathered: AtomicU32,
     throttling: Mutex<RecoveryThrottling>,
     gathered_path: PathBuf,
@@ -109,6 +111,7 @@ impl Recovery {
         let recovery = Recovery {
             rounds,
             current: Mutex::new(None),
+            begun: Mutex::new(None),
             gathered: AtomicU32::new(gathered),
             throttling: Mutex::new(throttling),
             gathered_path,
@@ -116,8 +119,9 @@ impl Recovery {
         (recovery, receiver)
     }
 
-    /// Starts a round; it replaces the running one. A round that owed the cluster an announcement hands the duty on.
-    pub fn start(&self, mut round: Round) {
+    /// Begins a round, which replaces the running one: requests wait for absent objects from here on. A round that owed
+    /// the cluster an announcement hands the duty on. It runs after [`Recovery::launch`].
+    pub fn begin(&self, mut round: Round) {
         let mut current = self.current.lock();
         if let Some(previous) = current.take() {
             round.announce |= previous.round.announce;
@@ -130,7 +134,14 @@ impl Recovery {
             wake: Notify::new(),
             finished: AtomicU64::new(0),
         }));
-        let _ = self.rounds.send(round);
+        *self.begun.lock() = Some(round);
+    }
+
+    /// Runs the round that was begun, now that its view is published and tables are being fetched.
+    pub fn launch(&self) {
+        if let Some(round) = self.begun.lock().take() {
+            let _ = self.rounds.send(round);
+        }
     }
 
     /// Drops the running round (MAKE_FS).

@@ -5,7 +5,7 @@
 
 pub mod daemonize;
 mod help;
-mod localtime;
+pub mod localtime;
 pub mod log;
 mod log_format;
 mod log_writer;

@@ -271,6 +271,11 @@ impl Given {
     fn finish(mut self) -> Result<Options, Refusal> {
         let log = self.log.check()?;
         let cluster = self.cluster.take().unwrap_or_else(|| DEFAULT_DRIVER.to_owned());
+        // The daemon changes its directory, but all sheep of a machine must mean the same file.
+        let cluster = match cluster.strip_prefix("local:").filter(|path| !path.is_empty()) {
+            Some(path) => format!("local:{}", absolute(path)?.display()),
+            None => cluster,
+        };
         self.refuse_missing_features(&cluster)?;
         let (base, disks) = store_path(self.path.as_deref())?;
         if !self.wq_threads.is_empty() {

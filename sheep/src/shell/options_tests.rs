@@ -154,10 +154,6 @@ fn features_that_do_not_exist_are_refused_by_the_name_of_their_option() {
         ("-r swift", "sheep: option -r (--http): the HTTP service is not available in this version\n"),
         ("--cache size=1G", "sheep: option --cache: the object cache is not available in this version\n"),
         (
-            "-c zookeeper:h:2181",
-            "sheep: option -c (--cluster): the zookeeper driver is not available in this version\n",
-        ),
-        (
             "-c corosync",
             "sheep: option -c (--cluster): the corosync driver is not available in this version\n",
         ),

@@ -11,12 +11,13 @@ use sheepdog_proto::btree::BtreeNode;
 use sheepdog_proto::header::{VdiRequest, VdiResponse, VdiStateRequest};
 use sheepdog_proto::inode::{GREF_OFFSET, InodeHeader, STORE_POLICY_BTREE, STORE_POLICY_FLAT};
 use sheepdog_proto::{
-    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MAX_DATA_OBJS, MAX_NAME_LEN, MIN_BLOCK_SHIFT, Oid, Opcode,
-    Request, ResultCode, VdiId, cstr,
+    ClusterFlags, CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MAX_DATA_OBJS, MAX_NAME_LEN, MIN_BLOCK_SHIFT, Oid,
+    Opcode, Request, ResultCode, VdiId, cstr,
 };
 
 use super::lookup::{Found, Query, lookup};
-use super::objects::{Inode, create_inode, read_inode};
+use super::objects::{Inode, create_inode, read_inode, read_lookup_header};
+use crate::gateway::map;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -202,9 +203,13 @@ async fn snapshot(
     working: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    read_base(sheep, working).await?;
+    let header = read_lookup_header(sheep, working).await.map_err(|_| ResultCode::BASE_VDI_READ)?;
+    if header.store_policy == STORE_POLICY_BTREE {
+        return Err(ResultCode::NO_SUPPORT);
+    }
     announce(sheep, working, vid, params).await?;
     // Only now the table is final: from the announcement on, new entries of the old vid are refused.
+    map::settle_snapshot(sheep, working).await;
     let _no_updates = sheep.gateway.map_barrier(working).await;
     let before = read_base(sheep, working).await?;
     let mut base = before.clone();
@@ -232,8 +237,10 @@ async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) 
         return Err(ResultCode::INVALID_PARMS);
     }
     // A base of another policy keeps its own on all nodes only if it is not named (spec 05, section 7).
+    // Under -R the table's parents decide which ids are free again: there the base must be named.
     let same_policy = before.header.copy_policy == params.policy.to_byte();
-    announce(sheep, if same_policy { base } else { VdiId::NONE }, vid, params).await?;
+    let recycle = sheep.views.load().flags.contains(ClusterFlags::RECYCLE_VID);
+    announce(sheep, if same_policy || recycle { base } else { VdiId::NONE }, vid, params).await?;
     let mut counted = before.clone();
     counted.count_copy();
     write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
@@ -259,6 +266,7 @@ async fn live_rollback(
         return Err(ResultCode::INVALID_PARMS);
     }
     announce(sheep, working, vid, params).await?;
+    map::settle_snapshot(sheep, working).await;
     let time = inode_time();
     mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::VDI_WRITE)?;
     let mut counted = before.clone();

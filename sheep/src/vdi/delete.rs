@@ -37,6 +37,13 @@ pub async fn del_vdi(
     }
     remove_vmstate(sheep, &inode.header).await?;
     empty_inode(sheep, &inode).await?;
+    if inode.header.store_policy != STORE_POLICY_BTREE {
+        // A client that did not know may have added entries until just now; an inode without name takes none.
+        map::settle_updates(sheep, vid).await;
+        if let Err(code) = clear_rest(sheep, vid).await {
+            tracing::error!("{vid:?} is deleted, but blocks added meanwhile were not freed: {code}");
+        }
+    }
     Ok(VdiResponse { vdi_id: vid, ..VdiResponse::zeroed() })
 }
 
@@ -48,6 +55,11 @@ async fn clear_table(sheep: &Arc<Sheep>, vid: VdiId, inode: &Inode) -> Result<()
         }
     }
     Ok(())
+}
+
+async fn clear_rest(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
+    let inode = read_inode(sheep, vid).await?;
+    clear_table(sheep, vid, &inode).await
 }
 
 fn absent_is_fine(result: Result<(), ResultCode>) -> Result<(), ResultCode> {

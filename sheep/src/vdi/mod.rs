@@ -6,5 +6,6 @@ pub mod delete;
 pub mod locks;
 pub mod lookup;
 pub mod objects;
+pub mod orphans;
 pub mod reclaim;
 pub mod table;

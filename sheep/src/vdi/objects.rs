@@ -33,13 +33,14 @@ pub async fn read_lookup_header(sheep: &Arc<Sheep>, vid: VdiId) -> Result<InodeH
     Ok(InodeHeader::from_bytes(&whole))
 }
 
-/// Header, table and generation references of a flat VDI.
+/// Header, table and generation references of a flat VDI. The table is read beyond the VDI's size, too: clients may have
+/// made it smaller, and what lies behind is still referenced.
 pub async fn read_inode(sheep: &Arc<Sheep>, vid: VdiId) -> Result<Inode, ResultCode> {
     let oid = Oid::inode(vid);
     let head = sheep.gateway.read_object(sheep, oid, 0, INODE_HEADER_LEN).await?;
     let header = InodeHeader::get(&head);
-    let blocks = header.nr_blocks().min(sheepdog_proto::MAX_DATA_OBJS as u64) as usize;
-    let table = sheep.gateway.read_object(sheep, oid, TABLE_OFFSET as u64, blocks * 4).await?;
+    let table =
+        sheep.gateway.read_object(sheep, oid, TABLE_OFFSET as u64, GREF_OFFSET - TABLE_OFFSET).await?;
     let table: Vec<u32> = sheepdog_proto::inode::table(&table).iter().map(|v| v.get()).collect();
     let used = table.iter().rposition(|v| *v != 0).map_or(0, |last| last + 1);
     let grefs = sheep.gateway.read_object(sheep, oid, GREF_OFFSET as u64, used * 8).await?;

@@ -8,13 +8,13 @@ use sheepdog_proto::{Oid, ResultCode};
 use sheepdog_store::{Store, StoreError};
 use tokio::sync::{Mutex, mpsc};
 
-use crate::order::PendingTurn;
+use crate::order::{Order, PendingTurn};
 use crate::sheep::Sheep;
 
 /// References waiting to be dropped; whoever adds more waits.
 const QUEUE: usize = 64 << 10;
-/// Drops in progress at once.
-const WORKERS: usize = 8;
+/// Drops in progress at once; one whose ledgers disagree waits for seconds.
+const WORKERS: usize = 16;
 
 /// A reference that a table entry held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,15 +46,20 @@ impl Pending {
 /// The queue of references to drop.
 pub struct Reclaim {
     queue: mpsc::Sender<Pending>,
-    /// Ledger updates of this node, one at a time per node as the original does.
-    ledgers: Mutex<()>,
+    /// Updates of this node's ledgers, one at a time for each.
+    ledgers: Order,
 }
 
 impl Reclaim {
     /// The queue and its receiving end, for [`run`].
     pub fn new() -> (Reclaim, mpsc::Receiver<Pending>) {
         let (queue, receiver) = mpsc::channel(QUEUE);
-        (Reclaim { queue, ledgers: Mutex::new(()) }, receiver)
+        (Reclaim { queue, ledgers: Order::default() }, receiver)
+    }
+
+    /// Whether no reference waits to be dropped.
+    pub fn is_idle(&self) -> bool {
+        self.queue.capacity() == self.queue.max_capacity()
     }
 
     /// Adds a reference; waits while the queue is full.
@@ -64,8 +69,9 @@ impl Reclaim {
     }
 }
 
-/// Works the queue off, for ever.
+/// Works the queue off and looks for what dropped references cannot free, for ever.
 pub async fn run(sheep: Arc<Sheep>, receiver: mpsc::Receiver<Pending>) {
+    tokio::spawn(super::orphans::run(sheep.clone()));
     let receiver = Arc::new(Mutex::new(receiver));
     for _ in 0..WORKERS {
         let (sheep, receiver) = (sheep.clone(), receiver.clone());
@@ -114,6 +120,27 @@ async fn remove_unshared(
     }
 }
 
+/// Bytes of a ledger that nearly always are all that is used: a thousand generations.
+const LEDGER_HEAD: usize = 4096;
+/// What a disk writes whole or not at all.
+const SECTOR: usize = 512;
+
+/// The stored ledger as far as this drop needs it: the beginning, unless that cannot say whether references are left.
+async fn read_ledger(store: &Store, drop: &RefRequest) -> Result<Option<Ledger>, StoreError> {
+    let replica = Sheep::replica(drop.oid);
+    let head = match store.read(replica, 0, LEDGER_HEAD).await {
+        Ok(bytes) => Ledger::decode(&bytes),
+        Err(StoreError::NoObject) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut after = head.clone();
+    let inside = (drop.generation as usize + 2) * 4 <= LEDGER_HEAD;
+    if inside && after.drop_reference(drop.generation, drop.count) && !after.is_zero() {
+        return Ok(Some(head));
+    }
+    Ok(Some(Ledger::decode(&store.read(replica, 0, LEDGER_LEN).await?)))
+}
+
 /// DECREF_PEER on this node's replica of the ledger. `true` = no reference is left and the ledger is gone.
 pub async fn drop_in_ledger(
     sheep: &Arc<Sheep>,
@@ -125,12 +152,10 @@ pub async fn drop_in_ledger(
     }
     let replica = Sheep::replica(drop.oid);
     let fault = |e: StoreError| crate::faults::peer_result(sheep, &e);
-    let _one_at_a_time = sheep.gateway.reclaim.ledgers.lock().await;
-    let (mut ledger, existed) = match store.read(replica, 0, LEDGER_LEN).await {
-        Ok(bytes) => (Ledger::decode(&bytes), true),
-        Err(StoreError::NoObject) => (Ledger::absent(), false),
-        Err(e) => return Err(fault(e)),
-    };
+    let _one_at_a_time = sheep.gateway.reclaim.ledgers.turn(drop.oid, 0..1, true).await;
+    let stored = read_ledger(store, drop).await.map_err(fault)?;
+    let existed = stored.is_some();
+    let mut ledger = stored.unwrap_or_else(Ledger::absent);
     if !ledger.drop_reference(drop.generation, drop.count) {
         return Err(ResultCode::INVALID_PARMS);
     }
@@ -140,6 +165,14 @@ pub async fn drop_in_ledger(
         }
         return Ok(true);
     }
-    store.create(replica, LEDGER_LEN as u64, 0, ledger.encode().into()).await.map_err(fault)?;
+    // Both slots or none: one without the other could free what is still referenced.
+    let at = drop.generation as usize * 4;
+    if existed && at / SECTOR == (at + 7) / SECTOR {
+        let slot = |i: usize| ledger.slots().get(i).copied().unwrap_or(0).to_le_bytes();
+        let changed = [slot(at / 4), slot(at / 4 + 1)].concat();
+        store.write(replica, LEDGER_LEN as u64, at as u64, changed.into()).await.map_err(fault)?;
+    } else {
+        store.create(replica, LEDGER_LEN as u64, 0, ledger.encode().into()).await.map_err(fault)?;
+    }
     Ok(false)
 }

@@ -315,6 +315,21 @@ impl VdiTable {
         self.tables.read().entries.keys().copied().collect()
     }
 
+    /// Every vid that is used or announced, and its parent as far as this table knows.
+    pub fn parents(&self) -> BTreeMap<VdiId, VdiId> {
+        let t = self.tables.read();
+        let used = t.in_use.iter().map(|v| (VdiId::new(v as u32), VdiId::NONE));
+        let mut all: BTreeMap<VdiId, VdiId> = used.collect();
+        all.extend(t.entries.iter().map(|(vid, entry)| (*vid, entry.parent)));
+        all
+    }
+
+    /// Every vid whose VDI was deleted.
+    pub fn deleted_vids(&self) -> BTreeSet<VdiId> {
+        let t = self.tables.read();
+        t.entries.iter().filter(|(_, e)| e.deleted).map(|(vid, _)| *vid).collect()
+    }
+
     /// How the objects of `vid` are stored, with defaults from the cluster for an unknown one.
     pub fn redundancy(&self, vid: VdiId, view: &crate::view::View) -> Redundancy {
         let t = self.tables.read();

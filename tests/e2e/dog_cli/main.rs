@@ -143,20 +143,15 @@ macro_rules! scenarios {
 
 /// Every entry passes.
 const NONE: &[u64] = &[];
-/// Our daemons have no tree store: it is not listed (41, 42) and nothing is formatted with it.
-const TREE_STORE_LISTED: &[u64] = &[41, 42];
-const TREE_STORE_USED: &[u64] = &[8, 9, 12, 14];
-/// Disks cannot be plugged and unplugged yet.
-const PLUG: &[u64] = &[11, 12, 18, 21, 22, 25];
 /// No NFS server yet.
 const NFS: &[u64] = &[20];
 
 scenarios! {
-    format_and_sizes: "dog-cli.json", "format-and-sizes", TREE_STORE_LISTED;
+    format_and_sizes: "dog-cli.json", "format-and-sizes", NONE;
     vdi: "dog-cli.json", "vdi", NONE;
     node: "dog-cli.json", "node", NONE;
     lock: "dog-cli.json", "lock", NONE;
-    multi_disk: "dog-cli.json", "multi-disk", PLUG;
+    multi_disk: "dog-cli.json", "multi-disk", NONE;
     waiting: "dog-cli-2.json", "waiting", NONE;
     few_nodes: "dog-cli-2.json", "few-nodes", NONE;
     check_repair: "dog-cli-2.json", "check-repair", NONE;
@@ -164,7 +159,7 @@ scenarios! {
     cluster_snapshots: "dog-cli-2.json", "farm", NONE;
     misc: "dog-cli-2.json", "misc", NFS;
     tty: "dog-cli-2.json", "tty", NONE;
-    format_options: "dog-cli-2.json", "format-options", TREE_STORE_USED;
+    format_options: "dog-cli-2.json", "format-options", NONE;
     track_few: "dog-cli-2.json", "track-few", NONE;
     restore_no_parent: "dog-cli-2.json", "restore-no-parent", NONE;
     tree_and_options: "dog-cli-2.json", "tree-and-options", NONE;

@@ -174,7 +174,13 @@ impl Volume {
     /// Poll it to its end: a write into an existing object that is dropped before may still be executed later, even
     /// after a write that was started behind it. Creations always run to their end.
     pub async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), VolumeError> {
-        self.inner.write(offset, data, fua).await
+        self.inner.write(offset, data, fua).await?;
+        self.durable_if(fua).await
+    }
+
+    /// A cluster that buffers writes makes none of them durable by itself.
+    async fn durable_if(&self, fua: bool) -> Result<(), VolumeError> {
+        if fua && self.inner.cache.load(Ordering::Acquire) { self.inner.flush().await } else { Ok(()) }
     }
 
     /// Gives back whole blocks inside the range, which read as zeros afterwards; the rest of the range is left alone.
@@ -191,7 +197,8 @@ impl Volume {
         no_hole: bool,
         fua: bool,
     ) -> Result<(), VolumeError> {
-        self.inner.write_zeroes(offset, len, no_hole, fua).await
+        self.inner.write_zeroes(offset, len, no_hole, fua).await?;
+        self.durable_if(fua).await
     }
 
     /// Whether [`Volume::write_zeroes`] of the range needs no writing of zeros: every block is covered or a hole.

@@ -255,7 +255,7 @@ async fn a_write_through_sheep_is_asked_to_flush_once() {
 }
 
 #[tokio::test]
-async fn a_buffering_sheep_is_flushed_every_time_and_fua_writes_are_direct() {
+async fn a_buffering_sheep_is_flushed_every_time_and_after_fua_writes() {
     let sheep = Arc::new(FakeSheep::new().with_write_back());
     let volume = volume_of(&sheep, BLOCK).await;
     volume.write(0, filled(1, 512), false).await.unwrap();
@@ -265,8 +265,9 @@ async fn a_buffering_sheep_is_flushed_every_time_and_fua_writes_are_direct() {
     volume.write(0, filled(1, 512), true).await.unwrap();
     volume.write(0, filled(1, 512), false).await.unwrap();
     let log = sheep.take_log();
-    assert_eq!(ops(&log), [Opcode::FLUSH_VDI, Opcode::WRITE_OBJ, Opcode::WRITE_OBJ]);
-    assert!(log[1].flags.contains(Flags::DIRECT) && log[2].flags.contains(Flags::CACHE));
+    let flush = Opcode::FLUSH_VDI;
+    assert_eq!(ops(&log), [flush, Opcode::WRITE_OBJ, flush, Opcode::WRITE_OBJ]);
+    assert!(log[1].flags.contains(Flags::DIRECT) && log[3].flags.contains(Flags::CACHE));
 }
 
 #[tokio::test]

@@ -7,8 +7,9 @@
 use std::io::{BufRead, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use sheepdog_cluster::{Driver, DriverError, Event, block_event_signal, open};
+use sheepdog_cluster::{Driver, Event, block_event_signal, open};
 use sheepdog_proto::cluster::ClusterInfoHeader;
 use sheepdog_proto::{ClusterInfo, INTERNAL_PROTO_VERSION, NodeId, NodeRecord};
 use tokio::sync::mpsc;
@@ -47,20 +48,50 @@ fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Erro
     let info = ClusterInfo { header: ClusterInfoHeader::zeroed(), nodes: Vec::new() };
     let mut member = Member { node, info, wanted: 0, declining: false };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        // Requests wait for their answers in order, and events do not wait for them.
+        let (requests, calls) = mpsc::unbounded_channel();
+        tokio::spawn(call(driver.clone(), calls));
         loop {
             tokio::select! {
                 event = events.recv() => match event {
-                    Some(event) => member.show(event),
+                    Some(event) => if member.show(event) {
+                        member.obey(&*driver, "join", &requests);
+                    },
                     None => return,
                 },
                 line = commands.recv() => match line.as_deref() {
                     None | Some("quit") => return,
-                    Some(line) => member.obey(&*driver, line).await,
+                    Some(line) => member.obey(&*driver, line, &requests),
                 },
             }
         }
     });
     Ok(())
+}
+
+enum Call {
+    Join(NodeRecord, ClusterInfo),
+    Leave,
+    Notify(Vec<u8>),
+    Block,
+    Unblock(Vec<u8>),
+    Update(NodeRecord),
+}
+
+async fn call(driver: Arc<dyn Driver>, mut calls: mpsc::UnboundedReceiver<Call>) {
+    while let Some(call) = calls.recv().await {
+        let (verb, result) = match call {
+            Call::Join(node, info) => ("join", driver.join(node, info).await),
+            Call::Leave => ("leave", driver.leave().await),
+            Call::Notify(message) => ("notify", driver.notify(message).await),
+            Call::Block => ("block", driver.block().await),
+            Call::Unblock(message) => ("unblock", driver.unblock(message).await),
+            Call::Update(node) => ("update", driver.update_node(node).await),
+        };
+        if let Err(e) = result {
+            say(&format!("error {verb}: {e}"));
+        }
+    }
 }
 
 fn say(line: &str) {
@@ -82,7 +113,8 @@ struct Member {
 }
 
 impl Member {
-    fn show(&mut self, event: Event) {
+    /// Prints the event and answers it; `true` = the session was lost, join again.
+    fn show(&mut self, event: Event) -> bool {
         match event {
             Event::Join { node, members, answer, .. } => {
                 say(&format!("join {:?} members={}", node.nid, list(&members)));
@@ -115,24 +147,30 @@ impl Member {
                 let listed = members.iter().find(|n| n.nid == node.nid).map_or(0, |n| n.nr_vnodes);
                 say(&format!("update {:?} vnodes={} listed={listed}", node.nid, node.nr_vnodes));
             }
-            Event::Reconnect => say("reconnect"),
+            Event::Suspended(suspended) => say(&format!("suspended {suspended}")),
+            Event::Reconnect => {
+                self.wanted = 0;
+                say("reconnect");
+                return true;
+            }
             Event::Failed(text) => say(&format!("failed {text}")),
         }
+        false
     }
 
-    async fn obey(&mut self, driver: &dyn Driver, line: &str) {
+    fn obey(&mut self, driver: &dyn Driver, line: &str, calls: &mpsc::UnboundedSender<Call>) {
         let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
-        let result: Result<(), DriverError> = match verb {
-            "join" => driver.join(self.node, self.info.clone()).await,
-            "leave" => driver.leave().await,
-            "notify" => driver.notify(rest.into()).await,
+        let call = match verb {
+            "join" => Call::Join(self.node, self.info.clone()),
+            "leave" => Call::Leave,
+            "notify" => Call::Notify(rest.into()),
             "block" => {
                 self.wanted += 1;
-                driver.block().await
+                Call::Block
             }
-            "unblock" => driver.unblock(rest.into()).await,
+            "unblock" => Call::Unblock(rest.into()),
             "update" => match rest.parse() {
-                Ok(nr_vnodes) => driver.update_node(NodeRecord { nr_vnodes, ..self.node }).await,
+                Ok(nr_vnodes) => Call::Update(NodeRecord { nr_vnodes, ..self.node }),
                 Err(_) => return say("error update: not a number"),
             },
             "hint" => return say(&format!("hint {}", list(&driver.members_hint()))),
@@ -142,8 +180,7 @@ impl Member {
             }
             _ => return say(&format!("error {verb}: unknown")),
         };
-        if let Err(e) = result {
-            say(&format!("error {verb}: {e}"));
-        }
+        // The receiver lives as long as this loop.
+        let _ = calls.send(call);
     }
 }

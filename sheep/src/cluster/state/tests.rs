@@ -63,6 +63,16 @@ fn restart(old: &State) -> State {
     State::new(old.me, STARTUP, old.config, old.epoch(), old.info.nodes.clone())
 }
 
+/// The round of recovery, which must begin before the view is published.
+fn round_of(actions: &[Action]) -> &Round {
+    let publish = actions.iter().position(|a| *a == Action::Publish).expect("published");
+    let round = actions[..publish].iter().find_map(|a| match a {
+        Action::Recover(round) => Some(round),
+        _ => None,
+    });
+    round.unwrap_or_else(|| panic!("no round before the view: {actions:?}"))
+}
+
 fn epochs(states: &[State]) -> Vec<u32> {
     states.iter().map(|s| s.epoch().0).collect()
 }
@@ -104,7 +114,7 @@ fn every_membership_event_raises_the_epoch_by_one_and_recovers_from_the_one_befo
     for s in &mut states {
         let actions = s.leave(&gone.me, rest.clone());
         assert_eq!(s.epoch(), Epoch(2));
-        let Some(Action::Recover(round)) = actions.last() else { panic!("{actions:?}") };
+        let round = round_of(&actions);
         assert_eq!(
             (round.epoch, round.tgt_epoch, round.old.len(), round.announce),
             (Epoch(2), Epoch(1), 3, true)
@@ -145,7 +155,7 @@ fn an_unclean_restart_recovers_the_same_epoch_without_announcing() {
     join(&mut states, 0);
     let actions = join(&mut states, 1);
     for list in actions {
-        let Some(Action::Recover(round)) = list.last() else { panic!("{list:?}") };
+        let round = round_of(&list);
         assert_eq!((round.epoch, round.tgt_epoch, round.announce), (Epoch(1), Epoch(1), false));
     }
 }

@@ -1,0 +1,155 @@
+//! Debian's ZooKeeper server, one or an ensemble, for tests: own ports, own data, ended with the value.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use crate::Ports;
+
+const JAR: &str = "/usr/share/java/zookeeper.jar";
+/// Milliseconds of the servers' clock: sessions last 2 to 20 ticks unless the limits below say otherwise.
+const TICK: u64 = 100;
+const START: Duration = Duration::from_secs(60);
+
+/// Running servers. Dropping it kills them and removes their data.
+pub struct ZooKeeper {
+    servers: Vec<Server>,
+    _dir: TempDir,
+    _ports: Ports,
+}
+
+struct Server {
+    config: PathBuf,
+    log: PathBuf,
+    port: u16,
+    child: Option<Child>,
+}
+
+impl ZooKeeper {
+    /// Starts `count` servers, 1 or 3 to 5, and waits until they serve.
+    pub fn start(count: usize) -> ZooKeeper {
+        assert!(Path::new(JAR).exists(), "{JAR} is missing: install Debian's package zookeeper");
+        assert!(count * 3 <= Ports::MAX, "a block of ports is enough for {} servers", Ports::MAX / 3);
+        let ports = Ports::reserve();
+        let dir = tempfile::Builder::new().prefix("sheepdog-zk-").tempdir().expect("a temporary directory");
+        let mut members = String::new();
+        for i in (0..count).filter(|_| count > 1) {
+            let (peer, vote) = (ports.get(count + 2 * i), ports.get(count + 2 * i + 1));
+            members += &format!("server.{}=127.0.0.1:{peer}:{vote}\n", i + 1);
+        }
+        let servers = (0..count).map(|i| server(dir.path(), i, ports.get(i), &members)).collect();
+        let mut zookeeper = ZooKeeper { servers, _dir: dir, _ports: ports };
+        zookeeper.start_all();
+        zookeeper
+    }
+
+    /// `HOST:PORT[,HOST:PORT...]` for clients.
+    pub fn hosts(&self) -> String {
+        self.servers.iter().map(|s| format!("127.0.0.1:{}", s.port)).collect::<Vec<_>>().join(",")
+    }
+
+    /// Starts the servers that do not run and waits until all serve.
+    pub fn start_all(&mut self) {
+        self.servers.iter_mut().for_each(Server::start);
+        self.servers.iter_mut().for_each(Server::wait);
+    }
+
+    /// SIGKILL for all.
+    pub fn kill_all(&mut self) {
+        self.servers.iter_mut().for_each(Server::kill);
+    }
+
+    /// SIGKILL for one server.
+    pub fn kill(&mut self, index: usize) {
+        self.servers[index].kill();
+    }
+
+    /// Freezes or continues all servers.
+    pub fn signal_all(&self, signal: Signal) {
+        for child in self.servers.iter().filter_map(|s| s.child.as_ref()) {
+            let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+            nix::sys::signal::kill(pid, signal).unwrap_or_else(|e| panic!("signal {signal}: {e}"));
+        }
+    }
+
+    /// The number of the server that leads, in an ensemble.
+    pub fn leader(&self) -> usize {
+        let leads = |s: &Server| s.ask("srvr").is_some_and(|text| text.contains("Mode: leader"));
+        self.servers.iter().position(leads).expect("an ensemble that serves has a leader")
+    }
+}
+
+impl Drop for ZooKeeper {
+    fn drop(&mut self) {
+        self.kill_all();
+    }
+}
+
+fn server(dir: &Path, index: usize, port: u16, members: &str) -> Server {
+    let data = dir.join(format!("s{index}"));
+    std::fs::create_dir_all(&data).unwrap_or_else(|e| panic!("{}: {e}", data.display()));
+    let config = dir.join(format!("s{index}.cfg"));
+    let text = format!(
+        "tickTime={TICK}\ninitLimit=100\nsyncLimit=20\nminSessionTimeout=500\nmaxSessionTimeout=60000\n\
+         dataDir={}\nclientPort={port}\nclientPortAddress=127.0.0.1\nmaxClientCnxns=0\n\
+         admin.enableServer=false\n4lw.commands.whitelist=*\n{members}",
+        data.display()
+    );
+    std::fs::write(data.join("myid"), format!("{}\n", index + 1)).expect("myid is written");
+    std::fs::write(&config, text).expect("the configuration is written");
+    Server { config, log: dir.join(format!("s{index}.log")), port, child: None }
+}
+
+impl Server {
+    fn start(&mut self) {
+        if self.child.is_some() {
+            return;
+        }
+        let log = || std::fs::OpenOptions::new().create(true).append(true).open(&self.log).expect("a log");
+        // A test that is killed takes its servers with it.
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", "java"])
+            .args(["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.forceSync=no"])
+            .args(["-cp", JAR, "org.apache.zookeeper.server.quorum.QuorumPeerMain"])
+            .arg(&self.config)
+            .stdin(Stdio::null())
+            .stdout(log())
+            .stderr(log());
+        let child = command.spawn().unwrap_or_else(|e| panic!("setpriv (of util-linux): {e}"));
+        self.child = Some(child);
+    }
+
+    /// The answer to a four-letter command.
+    fn ask(&self, command: &str) -> Option<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        stream.write_all(command.as_bytes()).ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        Some(text)
+    }
+
+    fn wait(&mut self) {
+        let deadline = Instant::now() + START;
+        while !self.ask("srvr").is_some_and(|text| text.contains("Mode: ")) {
+            let log = || std::fs::read_to_string(&self.log).unwrap_or_default();
+            let ended = self.child.as_mut().expect("a started server").try_wait().expect("wait");
+            assert!(ended.is_none(), "the ZooKeeper server ended: {}", log());
+            assert!(Instant::now() < deadline, "the ZooKeeper server does not serve: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

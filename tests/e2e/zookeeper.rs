@@ -1,0 +1,83 @@
+//! Daemons that find each other through ZooKeeper.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use sheepdog_proto::ClusterStatus;
+use sheepdog_testkit::{Builder, Vdi, wait};
+
+const TIMEOUT: u64 = 4000;
+
+#[test]
+fn a_cluster_over_zookeeper_formats_serves_loses_and_regains_a_node() {
+    let mut cluster = Builder::new(3).zookeeper(TIMEOUT).start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("v", 64 << 20).expect("create");
+    let data: Vec<u8> = (0..8 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    vdi.write(&mut client, 0, &data).expect("write");
+    let begin = Instant::now();
+    cluster.kill9(2);
+    wait("the death is noticed", || cluster.members(0).len() == 2);
+    eprintln!("epoch without the dead node after {:?}, timeout {TIMEOUT} ms", begin.elapsed());
+    cluster.restart(2);
+    cluster.wait_members(3);
+    cluster.wait_epoch(3);
+    cluster.wait_recovered();
+    for node in 0..3 {
+        let mut client = cluster.nodes[node].client();
+        let vdi = Vdi::open(&mut client, vid).expect("open");
+        assert!(vdi.read(&mut client, 0, data.len()).expect("read") == data, "node {node}");
+    }
+    assert!(cluster.compare_replicas(3).missing.is_empty());
+}
+
+#[test]
+fn a_node_stopped_past_the_timeout_rejoins_with_the_data_written_meanwhile() {
+    let mut cluster = Builder::new(3).zookeeper(TIMEOUT).start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("v", 64 << 20).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    vdi.write(&mut client, 0, &[1; 65536]).expect("write");
+    cluster.sigstop(2);
+    wait("the stopped node is thrown out", || cluster.members(0).len() == 2);
+    vdi.write(&mut client, 0, &[2; 65536]).expect("write");
+    cluster.sigcont(2);
+    cluster.wait_members(3);
+    cluster.wait_status(2, ClusterStatus::Ok);
+    cluster.wait_recovered();
+    let mut late = cluster.nodes[2].client();
+    let vdi = Vdi::open(&mut late, vid).expect("open");
+    assert!(vdi.read(&mut late, 0, 65536).expect("read") == [2; 65536]);
+    assert!(cluster.compare_replicas(3).missing.is_empty());
+}
+
+#[test]
+fn no_write_is_acknowledged_while_the_lease_is_not_fresh() {
+    let mut cluster = Builder::new(1).copies(1).zookeeper(TIMEOUT).start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("v", 64 << 20).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    vdi.write(&mut client, 0, &[1; 4096]).expect("write");
+    let server = cluster.zookeeper.as_ref().expect("a server");
+    server.signal_all(Signal::SIGSTOP);
+    let silent = Instant::now();
+    // Writes go on within the lease; the first that meets its end is answered after the server is back.
+    let resumed = Duration::from_millis(TIMEOUT);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            loop {
+                vdi.write(&mut client, 0, &[2; 4096]).expect("write");
+                let at = silent.elapsed();
+                if at > resumed {
+                    return at;
+                }
+                // Before the session could have expired.
+                assert!(at < Duration::from_millis(TIMEOUT * 3 / 4), "acknowledged after {at:?}");
+            }
+        });
+        std::thread::sleep(resumed.saturating_sub(silent.elapsed()));
+        server.signal_all(Signal::SIGCONT);
+        eprintln!("the write that met the end of the lease took until {:?}", writer.join().expect("writer"));
+    });
+}

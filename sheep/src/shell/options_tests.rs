@@ -178,7 +178,7 @@ fn the_store_directory_is_required() {
 fn an_unknown_driver_or_level_lists_the_known_ones_on_standard_output() {
     let (stdout, stderr) = refused("-c accord /s");
     assert_eq!(stderr, "Invalid cluster driver 'accord'\n");
-    assert_eq!(stdout, "\nSupported features:\n\tCluster drivers: local\n");
+    assert_eq!(stdout, "\nSupported features:\n\tCluster drivers: zookeeper local\n");
     let (stdout, stderr) = refused("-l level=loud /s");
     assert_eq!(stderr, "Invalid log level 'loud'\n");
     assert!(stdout.contains("  6  info "), "{stdout}");
@@ -256,7 +256,7 @@ Try 'sheep <option>', e.g., 'sheep -w', to get more detail about specific option
     assert_eq!(
         stdout,
         format!(
-            "Sheepdog daemon version {version}\n\nSupported features:\n\tCluster drivers: local\n\tMiscellaneous: nbd\n"
+            "Sheepdog daemon version {version}\n\nSupported features:\n\tCluster drivers: zookeeper local\n\tMiscellaneous: nbd\n"
         )
     );
 }

@@ -395,3 +395,58 @@ fn nonsense_on_the_nbd_socket_disturbs_nobody() {
     qemu_io(&uri(&cluster, 0, "ok"), &[], &["write -P 1 0 1M", "read -P 1 0 1M"]).ok();
     assert!(cluster.nodes[0].memory("VmRSS") < 1 << 30);
 }
+
+/// `dog nbd serve` beside a sheep that serves no NBD itself: the same exports, over the sheep's own socket.
+#[test]
+fn dog_serves_the_exports_of_any_sheep() {
+    let mut cluster = Cluster::new(3);
+    create(&mut cluster, "beside", 16 << 20);
+    let socket = cluster.dir().join("dog.sock");
+    let port = cluster.nodes[1].port.to_string();
+    let mut server = Command::new(sheepdog_testkit::binaries::dog())
+        .args(["nbd", "serve", &format!("unix:{}", socket.display()), "-p", &port])
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("dog runs");
+    wait("the server to listen", || socket.exists());
+    let uri = format!("nbd+unix:///beside?socket={}", socket.display());
+    let output = qemu_io(&uri, &[], &["write -P 0x5a 1M 64k", "flush", "read -P 0x5a 1M 64k"]);
+    let listed = nbdinfo(&["--list", &format!("nbd+unix:///?socket={}", socket.display())]);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(server.id() as i32), nix::sys::signal::Signal::SIGTERM)
+        .expect("signalled");
+    let status = server.wait().expect("ended");
+    output.ok();
+    assert!(listed.ok().contains("export=\"beside\""));
+    assert!(status.success(), "{status}");
+    assert!(!socket.exists(), "the socket is removed");
+    cluster.assert_replicas_equal(3);
+}
+
+/// QEMU's own NBD client and server in one: a volume behind `qemu-storage-daemon`, read back directly.
+#[test]
+fn qemu_storage_daemon_uses_an_export() {
+    let mut cluster = plain();
+    create(&mut cluster, "qsd", 8 << 20);
+    let front = cluster.dir().join("qsd.sock");
+    let mut daemon = Command::new(system("qemu-storage-daemon", "qemu-utils"))
+        .arg("--blockdev")
+        .arg(format!(
+            "driver=nbd,node-name=disk,server.type=unix,server.path={},export=qsd",
+            socket(&cluster, 0).display()
+        ))
+        .arg("--nbd-server")
+        .arg(format!("addr.type=unix,addr.path={}", front.display()))
+        .arg("--export")
+        .arg("type=nbd,id=e,node-name=disk,name=qsd,writable=on")
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("qemu-storage-daemon runs");
+    wait("qemu-storage-daemon to listen", || front.exists());
+    let through = format!("nbd+unix:///qsd?socket={}", front.display());
+    let wrote = qemu_io(&through, &[], &["write -P 0x21 3M 2M", "flush", "write -z 4M 512k"]);
+    daemon.kill().expect("killed");
+    daemon.wait().expect("ended");
+    wrote.ok();
+    let direct = uri(&cluster, 1, "qsd");
+    qemu_io(&direct, &[], &["read -P 0x21 3M 1M", "read -P 0 4M 512k", "read -P 0x21 4608k 512k"]).ok();
+}

@@ -11,11 +11,21 @@ use sheepdog_cluster::Lease;
 use sheepdog_proto::Epoch;
 use tokio::sync::oneshot;
 
-struct Token(Option<oneshot::Sender<()>>);
+struct Token {
+    drained: Option<oneshot::Sender<()>>,
+    /// The token after this one, if this one is being drained: it ends only after all passes of this one.
+    next: Mutex<Option<Arc<Token>>>,
+}
+
+impl Token {
+    fn new(drained: oneshot::Sender<()>) -> Arc<Token> {
+        Arc::new(Token { drained: Some(drained), next: Mutex::new(None) })
+    }
+}
 
 impl Drop for Token {
     fn drop(&mut self) {
-        if let Some(drained) = self.0.take() {
+        if let Some(drained) = self.drained.take() {
             let _ = drained.send(());
         }
     }
@@ -76,7 +86,8 @@ impl Gate {
         let old = {
             let mut open = self.open.lock();
             let Some(current) = open.as_mut() else { return };
-            let fresh = Open { epoch: current.epoch, token: Arc::new(Token(Some(sender))), drained };
+            let fresh = Open { epoch: current.epoch, token: Token::new(sender), drained };
+            *current.token.next.lock() = Some(fresh.token.clone());
             std::mem::replace(current, fresh)
         };
         drop(old.token);
@@ -86,7 +97,7 @@ impl Gate {
     /// Lets writes of `epoch` in.
     pub fn open(&self, epoch: Epoch) {
         let (sender, drained) = oneshot::channel();
-        *self.open.lock() = Some(Open { epoch, token: Arc::new(Token(Some(sender))), drained });
+        *self.open.lock() = Some(Open { epoch, token: Token::new(sender), drained });
     }
 }
 
@@ -122,5 +133,20 @@ mod tests {
         assert!(!draining.is_finished());
         drop(pass);
         draining.await.expect("drained");
+        let pass = gate.enter(Epoch(2)).expect("open");
+        let draining = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.drain().await }
+        });
+        tokio::task::yield_now().await;
+        let closing = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.close().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!closing.is_finished(), "a pass from before the drain is out");
+        drop(pass);
+        draining.await.expect("drained");
+        closing.await.expect("closed");
     }
 }

@@ -71,11 +71,17 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
 /// What the epoch change could not judge yet, and what a change of redundancy or disks left behind. `false` = the round
 /// was replaced.
 async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
-    let view = sheep.views.load();
-    let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return false };
-    if view.epoch != active.round.epoch {
-        return false;
-    }
+    let (view, _pass) = loop {
+        let view = sheep.views.load();
+        if view.epoch != active.round.epoch || active.is_replaced() {
+            return false;
+        }
+        match sheep.gate.enter(active.round.epoch) {
+            Some(pass) => break (view, pass),
+            // Closed for a moment, for a change that is no new epoch or for the next one.
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
     if let Err(error) = super::stash_strangers(sheep, &view, active.round.tgt_epoch, false).await {
         tracing::error!("cannot move objects to the stale area, leaving: {error}");
         sheep.cluster.leave();
@@ -234,6 +240,12 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
 async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
     match recover(sheep, active, oid).await {
         Recovered::Here | Recovered::Nowhere => active.done(oid),
+        // The gate was closed for a moment without a new epoch: the object is still to do.
+        Recovered::Replaced if !active.is_replaced() => {
+            if !put_off(active, oid) {
+                active.work.lock().urgent.push_back(oid);
+            }
+        }
         Recovered::Replaced => {}
         Recovered::Later(reason) => {
             tracing::debug!("{oid} is not recovered yet: {reason}");

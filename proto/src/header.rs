@@ -146,6 +146,7 @@ wire! {
     }
 }
 
+/// Typed views of a header's union, `body`.
 macro_rules! views {
     ($($get:ident, $set:ident, $ty:ident, $doc:literal;)*) => {$(
         #[doc = concat!("The union as ", $doc, ".")]
@@ -279,28 +280,13 @@ wire! {
     }
 }
 
-macro_rules! response_views {
-    ($($get:ident, $set:ident, $ty:ident, $doc:literal;)*) => {$(
-        #[doc = concat!("The union as ", $doc, ".")]
-        pub fn $get(&self) -> $ty {
-            $ty::from_bytes(&self.body)
-        }
-
-        #[doc = concat!("With the union set as ", $doc, ".")]
-        pub fn $set(mut self, body: $ty) -> Self {
-            self.body = body.to_bytes();
-            self
-        }
-    )*};
-}
-
 impl Response {
     /// The answer to `request` with `result`; epoch and payload length are filled in when it is sent.
     pub fn to(request: &Request, result: ResultCode) -> Response {
         Response { opcode: request.opcode, id: request.id, result, ..Response::zeroed() }
     }
 
-    response_views! {
+    views! {
         vdi, with_vdi, VdiResponse, "that of a VDI operation";
         node, with_node, NodeResponse, "that of a node operation";
         hash, with_hash, HashResponse, "that of GET_HASH";

@@ -39,7 +39,50 @@ wire! {
         20 => tgt_epoch: Epoch,
         /// Byte offset inside the object.
         24 => offset: u32,
+        /// Writes between nodes of this project: number of the write among its gateway's; others send 0.
+        28 => write_seq: u32,
     }
+}
+
+wire! {
+    /// ORDER_PEER: nodes of this project among themselves (an addition; docs/architecture.md). The original answers
+    /// `INVALID_PARMS`, which tells the two apart (spec 06, 15.1).
+    OrderRequest [32] {
+        /// The object, or the inode of the VDI.
+        0 => oid: Oid,
+        /// What is asked, [`order`].
+        8 => what: u8,
+        /// CLAIM: 1 to write, 0 to read only. PERFORM: the client's opcode.
+        9 => kind: u8,
+        /// YIELD: every grant up to this one.
+        12 => serial: u32,
+        /// PERFORM: byte offset inside the object.
+        16 => offset: u32,
+        /// PERFORM of a read: bytes.
+        20 => length: u32,
+        /// SETTLE, PULL: regions of the object, a bit for each 64th of it.
+        24 => regions: u64,
+    }
+}
+
+/// Values of [`OrderRequest::what`].
+pub mod order {
+    /// May the sender read or write the objects of a VDI without asking? Payload: the sender's node id.
+    pub const CLAIM: u8 = 1;
+    /// Give such a right back.
+    pub const YIELD: u8 = 2;
+    /// Execute an operation in this node's order of the object.
+    pub const PERFORM: u8 = 3;
+    /// Make the replicas of an object equal again.
+    pub const SETTLE: u8 = 4;
+    /// Take regions of an object over from another node. Payload: its node id.
+    pub const PULL: u8 = 5;
+    /// Every write of the sender up to a number is done or repaired. Payload: its node id.
+    pub const DONE: u8 = 6;
+    /// What is known of the last writes of a node to an object. Payload: the node id.
+    pub const RECALL: u8 = 7;
+    /// Which of these writes stand and which are undone. Payload: the verdicts.
+    pub const DECIDE: u8 = 8;
 }
 
 wire! {
@@ -207,6 +250,7 @@ impl Request {
         vdi_state, with_vdi_state, VdiStateRequest, "a VDI state notification";
         reference, with_reference, RefRequest, "a reference drop";
         forward, with_forward, ForwardRequest, "a replica repair";
+        order, with_order, OrderRequest, "a question of order";
         checkpoint, with_checkpoint, CheckpointRequest, "a checkpoint request";
         coherence, with_coherence, CoherenceRequest, "an inode coherence change";
     }
@@ -269,6 +313,16 @@ wire! {
 }
 
 wire! {
+    /// ORDER_PEER.
+    OrderResponse [28] {
+        /// CLAIM: 1 = the sender may go on directly, 2 = through the first home of each object.
+        0 => verdict: u8,
+        /// CLAIM: number of the grant.
+        4 => serial: u32,
+    }
+}
+
+wire! {
     /// GET_CLUSTER_DEFAULT.
     ClusterDefaultResponse [28] {
         /// Default copies.
@@ -290,6 +344,7 @@ impl Response {
         vdi, with_vdi, VdiResponse, "that of a VDI operation";
         node, with_node, NodeResponse, "that of a node operation";
         hash, with_hash, HashResponse, "that of GET_HASH";
+        order, with_order, OrderResponse, "that of a question of order";
         cluster_default, with_cluster_default, ClusterDefaultResponse, "that of GET_CLUSTER_DEFAULT";
     }
 }

@@ -63,6 +63,7 @@ opcodes! {
     READ_PEER = 0xa4;
     WRITE_PEER = 0xa5;
     REMOVE_PEER = 0xa6;
+    ORDER_PEER = 0xa7;
     ENABLE_RECOVER = 0xa8;
     DISABLE_RECOVER = 0xa9;
     GET_VDI_COPIES = 0xab;

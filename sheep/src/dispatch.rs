@@ -8,7 +8,7 @@ use sheepdog_client::Reply;
 use sheepdog_proto::{Opcode, Request};
 
 use crate::cluster::ops::{self as main, Main};
-use crate::ops::{cluster, node, objects, vdis};
+use crate::ops::{cluster, node, objects, order, vdis};
 use crate::sheep::Sheep;
 
 /// Executes a request on this node.
@@ -97,6 +97,7 @@ pub static TABLE: &[Row] = &[
     row(Opcode::READ_PEER, Peer),
     row(Opcode::WRITE_PEER, Peer),
     row(Opcode::REMOVE_PEER, Peer),
+    row(Opcode::ORDER_PEER, Local(order::order_peer)),
     row(Opcode::ENABLE_RECOVER, Cluster(None, Some(main::enable_recover))).logged(),
     row(Opcode::DISABLE_RECOVER, Cluster(None, Some(main::disable_recover))).logged(),
     row(Opcode::GET_VDI_COPIES, Local(vdis::get_vdi_copies)).force(),

@@ -1,7 +1,8 @@
 //! Connections to other sheep: few, pipelined, re-made with back-off.
 //!
 //! Each peer has one connection for small requests and one for large ones, so that a 4 MiB transfer does not delay a
-//! 4 KiB write. A request that is not answered within its deadline closes the connection: the peer drops what it has
+//! 4 KiB write. Operations that the peer executes for this node, and questions of order, have their own: they wait for
+//! replica writes, and those must not wait behind them. A request that is not answered within its deadline closes the connection: the peer drops what it has
 //! not begun, and everything in flight there is tried again by its gateway (spec 06, sections 6.2 and 8).
 
 use std::collections::HashMap;
@@ -21,6 +22,15 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// Deadline of a replica write or read, above what a busy disk needs.
 pub const IO_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Which of a peer's connections.
+#[derive(Clone, Copy)]
+enum Lane {
+    Small,
+    Large,
+    Through,
+    Control,
+}
+
 #[derive(Default)]
 struct Slot {
     connection: Option<Connection>,
@@ -29,9 +39,9 @@ struct Slot {
 
 #[derive(Default)]
 struct Peer {
-    slots: [AsyncMutex<Slot>; 2],
+    slots: [AsyncMutex<Slot>; 4],
     /// Copies of the connections, to use without waiting and to close from outside.
-    live: Mutex<[Option<Connection>; 2]>,
+    live: Mutex<[Option<Connection>; 4]>,
 }
 
 /// All peers of this node.
@@ -61,7 +71,41 @@ impl Peers {
         deadline: Duration,
     ) -> Result<Reply, ClientError> {
         let large = payload.len().max(request.reply_capacity()) >= LARGE;
-        let connection = self.connection(node, large.into()).await?;
+        let lane = if large { Lane::Large } else { Lane::Small };
+        self.call_on(lane, node, request, payload, deadline).await
+    }
+
+    /// As [`Peers::call`], for operations that `node` executes on all replicas.
+    pub async fn through(
+        &self,
+        node: &NodeId,
+        request: Request,
+        payload: Bytes,
+        deadline: Duration,
+    ) -> Result<Reply, ClientError> {
+        self.call_on(Lane::Through, node, request, payload, deadline).await
+    }
+
+    /// As [`Peers::call`], for questions of order.
+    pub async fn control(
+        &self,
+        node: &NodeId,
+        request: Request,
+        payload: Bytes,
+        deadline: Duration,
+    ) -> Result<Reply, ClientError> {
+        self.call_on(Lane::Control, node, request, payload, deadline).await
+    }
+
+    async fn call_on(
+        &self,
+        lane: Lane,
+        node: &NodeId,
+        request: Request,
+        payload: Bytes,
+        deadline: Duration,
+    ) -> Result<Reply, ClientError> {
+        let connection = self.connection(node, lane as usize).await?;
         let id = request.id;
         let answer = connection.start(request, payload);
         match tokio::time::timeout(deadline, answer).await {

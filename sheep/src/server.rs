@@ -29,7 +29,8 @@ use crate::sheep::Sheep;
 const UNIT: usize = 4096;
 /// In-flight bytes of one connection, in units: 64 MiB.
 const PER_CONNECTION: usize = 64 << 20 >> 12;
-/// In-flight bytes of all client requests, and of all peer requests, in units: 512 MiB each.
+/// In-flight bytes of all client requests, of all peer requests, and of all operations for other gateways, in units:
+/// 512 MiB each. The first wait for the last, and those for the second.
 const PER_CLASS: usize = 512 << 20 >> 12;
 /// What answers other than objects are charged with at most: bitmaps and most lists are no longer.
 const LARGE_ANSWER: usize = 2 << 20;
@@ -47,6 +48,7 @@ pub struct Server {
     sheep: Arc<Sheep>,
     clients: Arc<Semaphore>,
     peers: Arc<Semaphore>,
+    through: Arc<Semaphore>,
 }
 
 impl Server {
@@ -56,6 +58,7 @@ impl Server {
             sheep,
             clients: Arc::new(Semaphore::new(PER_CLASS)),
             peers: Arc::new(Semaphore::new(PER_CLASS)),
+            through: Arc::new(Semaphore::new(PER_CLASS)),
         })
     }
 
@@ -164,7 +167,9 @@ impl Connection {
     /// Bytes that executing a request and its answer will hold; the capacities of lists are not what they use.
     fn reply_estimate(&self, request: &Request) -> usize {
         match request.opcode {
-            Opcode::READ_OBJ | Opcode::READ_PEER => request.reply_capacity().min(self.largest_payload()),
+            Opcode::READ_OBJ | Opcode::READ_PEER | Opcode::ORDER_PEER => {
+                request.reply_capacity().min(self.largest_payload())
+            }
             // The base and the new object.
             Opcode::CREATE_AND_WRITE_OBJ if request.flags.contains(Flags::COW) => 2 * self.largest_block(),
             Opcode::REPAIR_REPLICA => 2 * self.largest_payload(),
@@ -176,6 +181,7 @@ impl Connection {
         let units = bytes.div_ceil(UNIT).max(1);
         let class = match row.map(|r| r.class) {
             Some(Class::Peer) => &self.server.peers,
+            _ if row.is_some_and(|r| r.opcode == Opcode::ORDER_PEER) => &self.server.through,
             _ => &self.server.clients,
         };
         // Semaphores are never closed, so acquiring cannot fail.

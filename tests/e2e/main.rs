@@ -11,6 +11,7 @@ mod epochs;
 mod life;
 mod locks;
 mod nbd;
+mod order;
 mod restart;
 mod safety;
 mod scenarios;

@@ -466,6 +466,7 @@ impl Task {
             self.sheep.gate.open(epoch);
         }
         self.sheep.views.publish(view);
+        self.sheep.gateway.arbiter.forget_other(epoch);
         if self.state.joined && epoch.0 > 0 {
             self.sheep.history.note(epoch);
         }
@@ -503,6 +504,7 @@ impl Task {
             }
         }
         self.sheep.vdis.clear();
+        self.sheep.gateway.grants.clear();
     }
 
     /// A node that just learned of its cluster's store driver arranges its disks accordingly.

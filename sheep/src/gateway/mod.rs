@@ -1,17 +1,21 @@
 //! The gateway: client object requests, fanned out to the nodes that store the object (spec 06, sections 3 to 6).
 //!
 //! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
-//! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`replicas`] is a single
-//! attempt in one epoch, [`coded`] one for erasure-coded objects; [`map`] updates block tables, [`guard`] inode
-//! headers; [`drops`] drops references.
+//! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`grants`] decides whether
+//! directly or through the object's first home ([`arbiter`], [`sequencer`]); [`op`] is a single attempt in one epoch,
+//! by [`replicas`], or [`coded`] for erasure-coded objects; [`map`] updates block tables, [`guard`] inode headers;
+//! [`drops`] drops references.
 
+pub mod arbiter;
 pub mod coded;
 mod drops;
+pub mod grants;
 mod guard;
 pub mod map;
 pub mod object;
+mod op;
 pub mod replicas;
-mod strips;
+pub mod sequencer;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +25,8 @@ use sheepdog_client::Reply;
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_LOOKUP_LEN, TABLE_OFFSET, is_table_update};
 use sheepdog_proto::{Flags, Oid, Opcode, Request, Response, ResultCode};
 
+use self::arbiter::Arbiter;
+use self::grants::Grants;
 use crate::order::Order;
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -35,12 +41,22 @@ pub struct Gateway {
     maps: Order,
     /// References to drop in the background.
     pub reclaim: Reclaim,
+    /// VDIs that this gateway may use directly.
+    pub grants: Grants,
+    /// Claims of gateways that this node decides.
+    pub arbiter: Arbiter,
 }
 
 impl Gateway {
     /// A gateway with nothing in progress.
     pub fn new(reclaim: Reclaim) -> Gateway {
-        Gateway { order: Order::default(), maps: Order::default(), reclaim }
+        Gateway {
+            order: Order::default(),
+            maps: Order::default(),
+            reclaim,
+            grants: Grants::default(),
+            arbiter: Arbiter::default(),
+        }
     }
 }
 
@@ -101,6 +117,11 @@ pub fn try_read_inline(sheep: &Arc<Sheep>, request: &Request) -> Option<Reply> {
         return None;
     }
     let offset = u64::from(body.offset);
+    let free = !body.oid.follows_policy() || redundancy.snapshot;
+    let using = sheep.gateway.grants.begin_directly(body.oid.vid(), view.epoch, false);
+    if !free && using.is_none() {
+        return None;
+    }
     let _turn = sheep.gateway.order.try_turn(body.oid, offset..offset + len as u64, false)?;
     let data = store.try_read_cached(Sheep::replica(body.oid), offset, len)?.ok()?;
     let _active = sheep.stats.gateway(request);

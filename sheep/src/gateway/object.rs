@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sheepdog_erasure::Code;
-use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, Flags, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, Oid, Opcode, ResultCode};
+use tokio::sync::Mutex;
 
-use super::Gateway;
-use super::coded::code_of;
+use super::coded::{Attempt, code_of};
+use super::grants::Route;
+use super::op::{Op, Scratch, code_for, request_for};
 use super::replicas::{self, Failure};
+use super::{Gateway, sequencer};
 use crate::order::{PendingTurn, Turn};
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -22,7 +23,10 @@ use crate::vdi::table::Redundancy;
 use crate::view::View;
 
 /// First and last pause between attempts.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(200));
+pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(200));
+
+/// A node that is behind others is told of their epoch within this time.
+const EPOCH_WAIT: Duration = Duration::from_secs(1);
 
 /// Whether the object is cut into strips.
 pub fn is_coded(oid: Oid, redundancy: &Redundancy) -> bool {
@@ -77,7 +81,8 @@ where
         }
         let change = sheep.views.changed_from(&view);
         if failure.code == ResultCode::OLD_NODE_VER && view.epoch.is_before(failure.peer_epoch) {
-            change.await;
+            // With a limit: MAKE_FS sets epochs back, and the peer may not have heard of it yet.
+            let _ = tokio::time::timeout(EPOCH_WAIT, change).await;
             continue;
         }
         let _ = tokio::time::timeout(pause, change).await;
@@ -85,25 +90,57 @@ where
     }
 }
 
-fn request_for(opcode: Opcode, oid: Oid, offset: u64, epoch: Epoch, copies: u8) -> Request {
-    let body = ObjRequest { oid, offset: offset as u32, copies, ..ObjRequest::zeroed() };
-    let request = Request::new(opcode).epoch(epoch).with_obj(body);
-    if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER {
-        request
-    } else {
-        request.flag(Flags::WRITE)
-    }
+/// How an operation goes in one epoch, kept from attempt to attempt.
+struct Way {
+    epoch: Epoch,
+    route: Route,
+    scratch: Scratch,
 }
 
 impl Gateway {
-    fn size_of(&self, sheep: &Arc<Sheep>, oid: Oid) -> u64 {
-        sheep.size_of(oid, &sheep.views.load())
+    /// Brings an operation to all replicas.
+    async fn run(&self, sheep: &Arc<Sheep>, oid: Oid, op: Op) -> Result<Bytes, ResultCode> {
+        let view = sheep.views.load();
+        check_range(op.offset(), op.len() as u64, sheep.size_of(oid, &view))?;
+        let redundancy = sheep.redundancy(oid.vid(), &view);
+        if is_coded(oid, &redundancy) {
+            code_of(redundancy.policy)?;
+        }
+        {
+            let _turn = self.order.turn(oid, op.range(is_coded(oid, &redundancy)), op.is_write()).await;
+            let result = self.in_turn(sheep, oid, &op, false).await;
+            if result != Err(ResultCode::STALE_OBJ) {
+                return result;
+            }
+        }
+        // A home lacks its replica: give it one while nobody writes, then write.
+        let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
+        tracing::warn!("{oid}: not all homes have it, repairing");
+        let result = self.in_turn(sheep, oid, &op, true).await;
+        if result == Err(ResultCode::STALE_OBJ) { Err(ResultCode::NO_OBJ) } else { result }
     }
 
-    /// The erasure code of an object, if it is coded.
-    fn code_for(&self, sheep: &Arc<Sheep>, oid: Oid) -> Result<Option<Code>, ResultCode> {
-        let redundancy = sheep.redundancy(oid.vid(), &sheep.views.load());
-        is_coded(oid, &redundancy).then(|| code_of(redundancy.policy)).transpose()
+    async fn in_turn(&self, sheep: &Arc<Sheep>, oid: Oid, op: &Op, heal: bool) -> Result<Bytes, ResultCode> {
+        // One attempt after the other; the lock only lends the state to each.
+        let way: &Mutex<Option<Way>> = &Mutex::new(None);
+        retry(sheep, oid, op.is_write(), |view, kept| async move {
+            let mut way = way.lock().await;
+            let way = match way.take().filter(|w| w.epoch == view.epoch) {
+                Some(known) => way.insert(known),
+                None => {
+                    let route = self.grants.route(sheep, &view, oid, op.is_write()).await?;
+                    way.insert(Way { epoch: view.epoch, route, scratch: Scratch::default() })
+                }
+            };
+            if let Route::Through(first, _) = way.route
+                && first != sheep.me
+                && let Some(data) = sequencer::send(sheep, first, &view, oid, op).await?
+            {
+                return Ok(data);
+            }
+            op.attempt(sheep, &view, oid, kept, &mut way.scratch, heal).await
+        })
+        .await
     }
 
     /// Reads `len` bytes at `offset`; bytes past the object's end are zeros.
@@ -114,16 +151,7 @@ impl Gateway {
         offset: u64,
         len: usize,
     ) -> Result<Bytes, ResultCode> {
-        check_range(0, len as u64, self.size_of(sheep, oid))?;
-        if let Some(code) = self.code_for(sheep, oid)? {
-            return self.read_coded(sheep, oid, code, offset, len).await;
-        }
-        let _turn = self.order.turn(oid, offset..offset + len as u64, false).await;
-        retry(sheep, oid, false, |view, kept| async move {
-            let request = request_for(Opcode::READ_PEER, oid, offset, view.epoch, kept.copies).length(len);
-            replicas::read(sheep, &view, request, kept.copies).await
-        })
-        .await
+        self.run(sheep, oid, Op::Read { offset, len }).await
     }
 
     /// Overwrites a range of an existing object on all replicas.
@@ -134,48 +162,7 @@ impl Gateway {
         offset: u64,
         data: Bytes,
     ) -> Result<(), ResultCode> {
-        check_range(offset, data.len() as u64, self.size_of(sheep, oid))?;
-        if let Some(code) = self.code_for(sheep, oid)? {
-            return self.write_coded(sheep, oid, code, offset, data).await;
-        }
-        {
-            let _turn = self.order.turn(oid, offset..offset + data.len() as u64, true).await;
-            let result = self.write_once(sheep, oid, offset, &data).await;
-            if result != Err(ResultCode::STALE_OBJ) {
-                return result;
-            }
-        }
-        // A home lacks its replica: give it one while nobody writes, then write.
-        let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        self.heal(sheep, oid).await?;
-        let result = self.write_once(sheep, oid, offset, &data).await;
-        if result == Err(ResultCode::STALE_OBJ) { Err(ResultCode::NO_OBJ) } else { result }
-    }
-
-    /// `STALE_OBJ` = some homes have the object and some do not.
-    async fn write_once(
-        &self,
-        sheep: &Arc<Sheep>,
-        oid: Oid,
-        offset: u64,
-        data: &Bytes,
-    ) -> Result<(), ResultCode> {
-        retry(sheep, oid, true, |view, kept| async move {
-            let request = request_for(Opcode::WRITE_PEER, oid, offset, view.epoch, kept.copies);
-            replicas::write(sheep, &view, request, data.clone(), kept.copies).await
-        })
-        .await
-    }
-
-    async fn heal(&self, sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
-        tracing::warn!("{oid}: not all homes have it, repairing");
-        let len = self.size_of(sheep, oid) as usize;
-        retry(sheep, oid, true, |view, kept| async move {
-            let read = request_for(Opcode::READ_PEER, oid, 0, view.epoch, kept.copies).length(len);
-            let create = request_for(Opcode::CREATE_AND_WRITE_PEER, oid, 0, view.epoch, kept.copies);
-            replicas::heal(sheep, &view, read, create, kept.copies).await
-        })
-        .await
+        self.run(sheep, oid, Op::Write { offset, data }).await.map(drop)
     }
 
     /// Creates or replaces an object on all replicas: zeros but for `data` at `offset`.
@@ -186,20 +173,7 @@ impl Gateway {
         offset: u64,
         data: Bytes,
     ) -> Result<(), ResultCode> {
-        check_range(offset, data.len() as u64, self.size_of(sheep, oid))?;
-        if let Some(code) = self.code_for(sheep, oid)? {
-            return self.create_coded(sheep, oid, code, offset, data).await;
-        }
-        let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
-        retry(sheep, oid, true, |view, kept| {
-            let data = data.clone();
-            async move {
-                let request =
-                    request_for(Opcode::CREATE_AND_WRITE_PEER, oid, offset, view.epoch, kept.copies);
-                replicas::fan_out(sheep, &view, request, data, kept.copies).await
-            }
-        })
-        .await
+        self.run(sheep, oid, Op::Create { offset, data }).await.map(drop)
     }
 
     /// Removes an object from all replicas; `NO_OBJ` if one of them did not have it.
@@ -215,8 +189,11 @@ impl Gateway {
 
     /// As [`Gateway::remove_object`], in a turn that the caller took.
     pub async fn remove_in_turn(&self, sheep: &Arc<Sheep>, oid: Oid, _turn: Turn) -> Result<(), ResultCode> {
-        if let Some(code) = self.code_for(sheep, oid)? {
-            return self.remove_coded(sheep, oid, code).await;
+        if let Some(code) = code_for(sheep, oid)? {
+            return retry(sheep, oid, false, |view, _| async move {
+                Attempt { sheep, view: &view, oid, code }.remove().await
+            })
+            .await;
         }
         retry(sheep, oid, false, |view, kept| async move {
             let request = request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies);

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod node;
 pub mod objects;
+pub mod order;
 pub mod vdis;
 
 use bytes::Bytes;

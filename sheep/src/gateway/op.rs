@@ -1,0 +1,191 @@
+//! One operation on one object, and a single attempt at it in one epoch.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sheepdog_erasure::{Code, STRIPE, StripeRange};
+use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::{Epoch, Flags, Oid, Opcode, Request, ResultCode};
+
+use super::coded::{Attempt, code_of, overlay};
+use super::object::is_coded;
+use super::replicas::{self, Failure};
+use crate::sheep::Sheep;
+use crate::vdi::table::Redundancy;
+use crate::view::View;
+
+/// What is done to an object.
+#[derive(Debug, Clone)]
+pub enum Op {
+    /// Reads `len` bytes at `offset`.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: usize,
+    },
+    /// Overwrites a range of an existing object.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// What to write.
+        data: Bytes,
+    },
+    /// Creates or replaces the object: zeros but for `data` at `offset`.
+    Create {
+        /// First byte.
+        offset: u64,
+        /// What to write.
+        data: Bytes,
+    },
+}
+
+/// What an attempt leaves for the next one in the same epoch.
+#[derive(Default)]
+pub struct Scratch {
+    /// The whole stripes that a write of part of a coded object replaces; read once, before any strip is sent.
+    stripes: Option<Bytes>,
+}
+
+pub(super) fn request_for(opcode: Opcode, oid: Oid, offset: u64, epoch: Epoch, copies: u8) -> Request {
+    let body = ObjRequest { oid, offset: offset as u32, copies, ..ObjRequest::zeroed() };
+    let request = Request::new(opcode).epoch(epoch).with_obj(body);
+    if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER {
+        request
+    } else {
+        request.flag(Flags::WRITE)
+    }
+}
+
+impl Op {
+    /// The client's opcode.
+    pub fn opcode(&self) -> Opcode {
+        match self {
+            Op::Read { .. } => Opcode::READ_OBJ,
+            Op::Write { .. } => Opcode::WRITE_OBJ,
+            Op::Create { .. } => Opcode::CREATE_AND_WRITE_OBJ,
+        }
+    }
+
+    /// First byte.
+    pub fn offset(&self) -> u64 {
+        match self {
+            Op::Read { offset, .. } | Op::Write { offset, .. } | Op::Create { offset, .. } => *offset,
+        }
+    }
+
+    /// Bytes read or written.
+    pub fn len(&self) -> usize {
+        match self {
+            Op::Read { len, .. } => *len,
+            Op::Write { data, .. } | Op::Create { data, .. } => data.len(),
+        }
+    }
+
+    /// Whether it changes the object.
+    pub fn is_write(&self) -> bool {
+        !matches!(self, Op::Read { .. })
+    }
+
+    /// The bytes that it touches: whole stripes of a coded object, everything when it creates.
+    pub fn range(&self, coded: bool) -> Range<u64> {
+        match self {
+            Op::Create { .. } => 0..u64::MAX,
+            _ if coded => {
+                let stripes = self.stripes();
+                let start = u64::from(stripes.object_offset());
+                start..start + stripes.object_len()
+            }
+            _ => self.offset()..self.offset() + self.len() as u64,
+        }
+    }
+
+    fn stripes(&self) -> StripeRange {
+        StripeRange::of(self.offset() as u32, self.len() as u32)
+    }
+
+    /// One attempt in one epoch. The caller holds the turn of [`Op::range`]; with `heal`, of the whole object, and homes
+    /// that lack it get it first. `STALE_OBJ` = heal, some homes have the object and some do not.
+    pub async fn attempt(
+        &self,
+        sheep: &Arc<Sheep>,
+        view: &View,
+        oid: Oid,
+        kept: Redundancy,
+        scratch: &mut Scratch,
+        heal: bool,
+    ) -> Result<Bytes, Failure> {
+        if is_coded(oid, &kept) {
+            let coded = Attempt { sheep, view, oid, code: code_of(kept.policy)? };
+            return self.attempt_coded(&coded, sheep.size_of(oid, view), scratch, heal).await;
+        }
+        let request = |opcode, offset| request_for(opcode, oid, offset, view.epoch, kept.copies);
+        if heal {
+            let read = request(Opcode::READ_PEER, 0).length(sheep.size_of(oid, view) as usize);
+            let create = request(Opcode::CREATE_AND_WRITE_PEER, 0);
+            replicas::heal(sheep, view, read, create, kept.copies).await?;
+        }
+        match self {
+            Op::Read { offset, len } => {
+                let read = request(Opcode::READ_PEER, *offset).length(*len);
+                replicas::read(sheep, view, read, kept.copies).await
+            }
+            Op::Write { offset, data } => {
+                let write = request(Opcode::WRITE_PEER, *offset);
+                replicas::write(sheep, view, write, data.clone(), kept.copies).await.map(|()| Bytes::new())
+            }
+            Op::Create { offset, data } => {
+                let create = request(Opcode::CREATE_AND_WRITE_PEER, *offset);
+                replicas::fan_out(sheep, view, create, data.clone(), kept.copies).await.map(|()| Bytes::new())
+            }
+        }
+    }
+
+    async fn attempt_coded(
+        &self,
+        coded: &Attempt<'_>,
+        size: u64,
+        scratch: &mut Scratch,
+        heal: bool,
+    ) -> Result<Bytes, Failure> {
+        let range = self.stripes();
+        if heal {
+            coded.heal(size).await?;
+        }
+        match self {
+            Op::Read { len, .. } => {
+                let stripes = coded.load(range).await?.freeze();
+                Ok(stripes.slice(range.skip()..range.skip() + len))
+            }
+            Op::Write { data, .. } => {
+                let stripes = match scratch.stripes.take() {
+                    Some(stripes) => stripes,
+                    None => merged(coded, range, data).await?,
+                };
+                scratch.stripes = Some(stripes.clone());
+                coded.store(Opcode::WRITE_PEER, range, &stripes).await.map(|()| Bytes::new())
+            }
+            Op::Create { data, .. } => {
+                let stripes = overlay(range, data, &[]);
+                coded.store(Opcode::CREATE_AND_WRITE_PEER, range, &stripes).await.map(|()| Bytes::new())
+            }
+        }
+    }
+}
+
+/// The whole stripes of a write: those that it does not cover are read; a failing read ends the request.
+async fn merged(coded: &Attempt<'_>, range: StripeRange, data: &Bytes) -> Result<Bytes, Failure> {
+    let mut old = Vec::new();
+    for stripe in range.partial() {
+        let one = StripeRange::of(stripe * STRIPE as u32, STRIPE as u32);
+        old.push((stripe, coded.load(one).await?.freeze()));
+    }
+    Ok(overlay(range, data, &old))
+}
+
+/// The code of an object, if it is coded.
+pub fn code_for(sheep: &Sheep, oid: Oid) -> Result<Option<Code>, ResultCode> {
+    let redundancy = sheep.redundancy(oid.vid(), &sheep.views.load());
+    is_coded(oid, &redundancy).then(|| code_of(redundancy.policy)).transpose()
+}

@@ -1,0 +1,170 @@
+//! Operations that go through the first home of their object, on both sides (spec 06, 15.1 A4).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sheepdog_client::Reply;
+use sheepdog_proto::header::{OrderRequest, order};
+use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, Response, ResultCode};
+
+use super::grants::first_home;
+use super::object::{BACKOFF, is_coded};
+use super::op::{Op, Scratch};
+use super::replicas::Failure;
+use crate::order::Turn;
+use crate::peer::check_range;
+use crate::sheep::Sheep;
+use crate::view::View;
+
+/// How long an operation may take at the first home. It ends earlier with the epoch; a home that died ends it, too.
+const THROUGH_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long a request of a newer epoch waits for it here.
+const EPOCH_WAIT: Duration = Duration::from_secs(10);
+
+/// Has `first` execute the operation. `None` = it is a node of the original, which cannot.
+pub async fn send(
+    sheep: &Arc<Sheep>,
+    first: NodeId,
+    view: &View,
+    oid: Oid,
+    op: &Op,
+) -> Result<Option<Bytes>, Failure> {
+    let mut body = OrderRequest {
+        oid,
+        what: order::PERFORM,
+        kind: op.opcode().0,
+        offset: op.offset() as u32,
+        ..OrderRequest::zeroed()
+    };
+    let request = Request::new(Opcode::ORDER_PEER).epoch(view.epoch);
+    let (request, payload) = match op {
+        Op::Read { len, .. } => {
+            body.length = *len as u32;
+            (request.length(*len), Bytes::new())
+        }
+        Op::Write { data, .. } | Op::Create { data, .. } => (request.flag(Flags::WRITE), data.clone()),
+    };
+    let answer = sheep.peers.through(&first, request.with_order(body), payload, THROUGH_DEADLINE).await;
+    let reply = answer.map_err(|error| {
+        tracing::debug!("{first}: {error}");
+        Failure::from(ResultCode::NETWORK_ERROR)
+    })?;
+    let refused = reply.response.result == ResultCode::INVALID_PARMS && reply.response.order().verdict == 0;
+    match reply.response.result {
+        ResultCode::SUCCESS if reply.data.len() == body.length as usize => Ok(Some(reply.data)),
+        ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR.into()),
+        _ if refused => Ok(None),
+        code => Err(Failure { code, peer_epoch: reply.response.epoch }),
+    }
+}
+
+/// Executes an operation that another gateway sent here. Answers that a node of the original could not give carry a
+/// verdict.
+pub async fn perform(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Reply {
+    let body = request.order();
+    let offset = u64::from(body.offset);
+    let op = match Opcode(body.kind) {
+        Opcode::READ_OBJ => Op::Read { offset, len: request.data_length as usize },
+        Opcode::WRITE_OBJ => Op::Write { offset, data: payload },
+        Opcode::CREATE_AND_WRITE_OBJ => Op::Create { offset, data: payload },
+        _ => return Reply::empty(Response::to(request, ResultCode::INVALID_PARMS)),
+    };
+    let outcome = match op.is_write() == request.flags.contains(Flags::WRITE) {
+        true => in_turn(sheep, body.oid, &op, request.epoch).await,
+        false => Err(ResultCode::INVALID_PARMS.into()),
+    };
+    match outcome {
+        Ok(data) => super::reply_data(request, data),
+        Err(failure) => {
+            let mut response = Response::to(request, failure.code);
+            let mut answer = response.order();
+            answer.verdict = 1;
+            response = response.with_order(answer);
+            Reply::empty(response)
+        }
+    }
+}
+
+/// Waits until this node has reached `epoch`; an error if it is past it.
+pub async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
+    let reached = async {
+        loop {
+            let view = sheep.views.load();
+            if epoch.is_before(view.epoch) {
+                return Err(ResultCode::OLD_NODE_VER);
+            }
+            if epoch == view.epoch {
+                return Ok(view);
+            }
+            sheep.views.changed_from(&view).await;
+        }
+    };
+    tokio::time::timeout(EPOCH_WAIT, reached).await.unwrap_or(Err(ResultCode::NETWORK_ERROR))
+}
+
+/// Ends when the epoch does.
+async fn over(sheep: &Arc<Sheep>, epoch: Epoch) {
+    loop {
+        let view = sheep.views.load();
+        if view.epoch != epoch {
+            return;
+        }
+        sheep.views.changed_from(&view).await;
+    }
+}
+
+/// The turn of a part of `oid`, or an error when the epoch ends first: by then another node may be the first home, whose
+/// operations must not wait for this one's.
+async fn turn(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    range: std::ops::Range<u64>,
+    write: bool,
+    epoch: Epoch,
+) -> Result<Turn, Failure> {
+    tokio::select! {
+        biased;
+        () = over(sheep, epoch) => Err(ResultCode::OLD_NODE_VER.into()),
+        turn = sheep.gateway.order.turn(oid, range, write) => Ok(turn),
+    }
+}
+
+async fn in_turn(sheep: &Arc<Sheep>, oid: Oid, op: &Op, epoch: Epoch) -> Result<Bytes, Failure> {
+    let view = at_epoch(sheep, epoch).await?;
+    sheep.tables_arrived().await;
+    if first_home(&view, oid) != Some(sheep.me) {
+        return Err(ResultCode::INVALID_PARMS.into());
+    }
+    check_range(op.offset(), op.len() as u64, sheep.size_of(oid, &view))?;
+    let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
+    let mut held = turn(sheep, oid, op.range(coded), op.is_write(), epoch).await?;
+    let mut scratch = Scratch::default();
+    let (mut heal, mut pause) = (false, BACKOFF.0);
+    loop {
+        let view = sheep.views.load();
+        if view.epoch != epoch {
+            return Err(ResultCode::OLD_NODE_VER.into());
+        }
+        let kept = sheep.redundancy(oid.vid(), &view);
+        let failure = match op.attempt(sheep, &view, oid, kept, &mut scratch, heal).await {
+            Ok(data) => return Ok(data),
+            Err(failure) => failure,
+        };
+        match failure.code {
+            ResultCode::STALE_OBJ if heal => return Err(ResultCode::NO_OBJ.into()),
+            ResultCode::STALE_OBJ => {
+                drop(held);
+                held = turn(sheep, oid, 0..u64::MAX, true, epoch).await?;
+                (heal, scratch) = (true, Scratch::default());
+                continue;
+            }
+            ResultCode::EIO if view.my_position(oid, kept.copies).is_some() => sheep.cluster.leave(),
+            code if !code.is_retriable() => return Err(failure),
+            _ => {}
+        }
+        let _ = tokio::time::timeout(pause, sheep.views.changed_from(&view)).await;
+        pause = (pause * 2).min(BACKOFF.1);
+    }
+}

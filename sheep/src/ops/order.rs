@@ -1,0 +1,49 @@
+//! ORDER_PEER: what nodes of this project agree on among themselves (spec 06, 15.1 A3, A4).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use sheepdog_client::Reply;
+use sheepdog_proto::header::{OrderResponse, order};
+use sheepdog_proto::{NodeId, Request, Response, ResultCode, Wire};
+
+use super::result;
+use crate::gateway::grants::Verdict;
+use crate::gateway::sequencer;
+use crate::sheep::Sheep;
+
+/// ORDER_PEER.
+pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
+    Box::pin(async move {
+        let outcome = match request.order().what {
+            order::PERFORM => return sequencer::perform(sheep, &request, payload).await,
+            order::CLAIM => claim(sheep, &request, &payload).await,
+            order::YIELD => give_back(sheep, &request).await,
+            _ => Err(ResultCode::INVALID_PARMS),
+        };
+        match outcome {
+            Ok(answer) => Reply::empty(Response::to(&request, ResultCode::SUCCESS).with_order(answer)),
+            Err(code) => result(&request, code),
+        }
+    })
+}
+
+async fn claim(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let node = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
+    let view = sequencer::at_epoch(sheep, request.epoch).await?;
+    if !view.is_member(&node) {
+        return Err(ResultCode::OLD_NODE_VER);
+    }
+    let body = request.order();
+    let write = body.kind != 0;
+    let Verdict { direct, serial } =
+        sheep.gateway.arbiter.claim(sheep, node, body.oid.vid(), write, request.epoch).await?;
+    Ok(OrderResponse { verdict: if direct { 1 } else { 2 }, serial })
+}
+
+async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let free = sheep.gateway.grants.give_back(body.oid.vid(), request.epoch, body.serial).await;
+    Ok(OrderResponse { verdict: free.into(), serial: body.serial })
+}

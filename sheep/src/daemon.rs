@@ -16,9 +16,10 @@ use crate::cluster::worker::{self, Worker};
 use crate::cluster::{ClusterHandle, handle::Command};
 use crate::disks::{self, Disks};
 use crate::gate::Gate;
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, numbers};
 use crate::history::History;
 use crate::holds::Holds;
+use crate::intents::Intents;
 use crate::peers::Peers;
 use crate::recovery::{self, Recovery};
 use crate::server::Server;
@@ -240,6 +241,7 @@ impl Parts {
         tokio::spawn(worker::run(sheep.clone(), self.worker.clone(), queues.work));
         tokio::spawn(reclaim::run(sheep.clone(), queues.references));
         tokio::spawn(disks::watch(sheep.clone()));
+        tokio::spawn(numbers::run(sheep.clone()));
         tokio::spawn(recovery::run(sheep.clone(), self.worker.clone(), queues.rounds));
     }
 }
@@ -268,6 +270,7 @@ fn assemble(
         me: state.me.nid,
         views: Views::new(view_of(state)),
         gate: Gate::default(),
+        intents: Intents::open(meta.path(), opened.as_ref().map(|o| &o.store)),
         store: opened.map(|o| o.store),
         meta: meta.clone(),
         vdis,

@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
+use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::StoreError;
 
 use crate::gate::Pass;
+use crate::gateway::object::is_coded;
+use crate::intents::{WriteId, regions_of};
 use crate::sheep::Sheep;
 use crate::vdi::reclaim;
 use crate::view::View;
@@ -50,8 +53,19 @@ async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Re
             continue;
         }
         sheep.tables_arrived().await;
-        let exempt =
-            request.flags.contains(Flags::RECOVERY) || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
+        let recovering = request.flags.contains(Flags::RECOVERY);
+        if sheep.intents.is_unsettled(oid) {
+            // What an interrupted write left is not seen before all homes agree, and strips are not touched.
+            let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
+            if coded || (request.opcode == Opcode::READ_PEER && !recovering) {
+                tokio::select! {
+                    () = sheep.intents.wait(oid) => {}
+                    _ = sheep.views.changed_from(&view) => {}
+                }
+                continue;
+            }
+        }
+        let exempt = recovering || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
         if exempt || sheep.recovery.ready(sheep, oid, &view).await {
             return Ok(view);
         }
@@ -112,15 +126,23 @@ where
         && view.status == ClusterStatus::Ok
         && request.epoch == view.epoch
         && sheep.recovery.is_idle()
+        && sheep.intents.all_settled()
         && sheep.tables_are_here();
     let Some(store) = sheep.store.as_ref().filter(|_| plain) else { return Err((payload, done)) };
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     if check_range(body.offset.into(), payload.len() as u64, size).is_err() {
         return Err((payload, done));
     }
+    if replica.strip.is_some() {
+        return Err((payload, done)); // what it replaces is read first
+    }
     let Some(pass) = sheep.gate.enter_to_acknowledge(request.epoch).filter(|_| sheep.holds.is_free()) else {
         return Err((payload, done));
     };
+    let regions = regions_of(size, body.offset.into(), payload.len() as u64);
+    if !sheep.intents.begin(body.oid, write_id(&body), regions) {
+        return Err((payload, done));
+    }
     let (sheep, request) = (sheep.clone(), *request);
     let finish = move |result: Result<(), StoreError>| {
         drop(pass);
@@ -194,12 +216,39 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
-    let done = if request.opcode == Opcode::WRITE_PEER {
-        store.write(replica, size, body.offset.into(), payload).await
-    } else {
-        store.create(replica, size, body.offset.into(), payload).await
+    let id = write_id(&body);
+    let plain = request.opcode == Opcode::WRITE_PEER;
+    let (offset, len) = (u64::from(body.offset), payload.len());
+    note_intent(sheep, body.oid, id, if plain { regions_of(size, offset, len as u64) } else { u64::MAX })?;
+    if plain && replica.strip.is_some() {
+        match store.read(replica, offset, len).await {
+            Ok(old) => sheep.intents.keep(replica, id, request.epoch, offset, old),
+            Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
+            Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
+        }
+    }
+    let done = match plain {
+        true => store.write(replica, size, offset, payload).await,
+        false => store.create(replica, size, offset, payload).await,
     };
     done.map_err(|e| crate::faults::peer_result(sheep, &e))
+}
+
+/// The number that a write's gateway gave it.
+fn write_id(body: &ObjRequest) -> WriteId {
+    WriteId { writer: body.tgt_epoch.0, seq: body.write_seq }
+}
+
+/// Notes a write that is about to begin.
+fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Result<(), ResultCode> {
+    while !sheep.intents.begin(oid, id, regions) {
+        if let Err(error) = tokio::task::block_in_place(|| sheep.intents.enter(oid)) {
+            tracing::error!("cannot note that {oid} is being written: {error}");
+            let full = error.kind() == std::io::ErrorKind::StorageFull;
+            return Err(if full { ResultCode::NO_SPACE } else { ResultCode::EIO });
+        }
+    }
+    Ok(())
 }
 
 async fn remove(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {

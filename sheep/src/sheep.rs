@@ -14,6 +14,7 @@ use crate::gateway::Gateway;
 use crate::gateway::object::is_coded;
 use crate::history::History;
 use crate::holds::Holds;
+use crate::intents::Intents;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
 use crate::stats::Stats;
@@ -44,6 +45,8 @@ pub struct Sheep {
     pub recovery: Recovery,
     /// Objects whose replica here must not change right now.
     pub holds: Holds,
+    /// Writes that may be on some homes only.
+    pub intents: Intents,
     /// Since when this store knows what it had.
     pub history: History,
     /// The changing of this node's disks.

@@ -4,6 +4,7 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod convergence;
 mod disks;
 mod dog_extras;
 mod durability;

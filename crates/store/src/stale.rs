@@ -5,8 +5,10 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use sheepdog_proto::{Epoch, Oid};
 
 use crate::Result;
@@ -110,6 +112,17 @@ impl Store {
     /// Epochs of which a stale file of the replica is kept, ascending.
     pub fn stale_epochs(&self, replica: Replica) -> Vec<Epoch> {
         self.inner.index.stale_epochs(replica)
+    }
+
+    /// Overwrites part of the stale file of `epoch`, durably.
+    pub async fn write_stale(&self, replica: Replica, epoch: Epoch, offset: u64, data: Bytes) -> Result<()> {
+        self.on_stale(StaleName { replica, epoch }, move |disk| {
+            let file =
+                fs::OpenOptions::new().write(true).open(disk.stale_file(StaleName { replica, epoch }))?;
+            file.write_all_at(&data, offset)?;
+            file.sync_data()
+        })
+        .await
     }
 
     /// Deletes the stale files of all epochs up to and including `up_to`; returns how many.

@@ -16,6 +16,7 @@ use super::state::{Action, State};
 use super::worker::{Work, Worker};
 use crate::dispatch;
 use crate::recovery;
+use crate::settle;
 use crate::sheep::Sheep;
 use crate::start;
 use crate::view::View;
@@ -461,6 +462,9 @@ impl Task {
     fn publish(&mut self) {
         let view = view_of(&self.state);
         let (status, epoch) = (view.status, view.epoch);
+        if self.sheep.views.epoch() != epoch {
+            self.sheep.intents.epoch_ends();
+        }
         // Open first: whoever sees the new view finds the gate open.
         if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown {
             self.sheep.gate.open(epoch);
@@ -469,6 +473,10 @@ impl Task {
         self.sheep.gateway.arbiter.forget_other(epoch);
         if self.state.joined && epoch.0 > 0 {
             self.sheep.history.note(epoch);
+            self.sheep.intents.note(epoch);
+        }
+        if status == ClusterStatus::Ok {
+            settle::start(&self.sheep, epoch);
         }
     }
 
@@ -505,6 +513,7 @@ impl Task {
         }
         self.sheep.vdis.clear();
         self.sheep.gateway.grants.clear();
+        self.sheep.intents.clear();
     }
 
     /// A node that just learned of its cluster's store driver arranges its disks accordingly.

@@ -14,9 +14,10 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use sheepdog_buffer::PageBuf;
 use sheepdog_erasure::{Code, STRIPE, StripeRange};
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{CopyPolicy, Flags, NodeId, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::{CopyPolicy, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
 
 use super::replicas::{Failure, call, deciding};
+use crate::intents::WriteId;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -38,6 +39,8 @@ pub struct Attempt<'a> {
     pub oid: Oid,
     /// Its code.
     pub code: Code,
+    /// What homes know the write by.
+    pub id: WriteId,
 }
 
 impl Attempt<'_> {
@@ -67,6 +70,10 @@ impl Attempt<'_> {
             copy_policy: self.code.policy(),
             ec_index: index as u8,
             ..ObjRequest::zeroed()
+        };
+        let body = match opcode {
+            Opcode::READ_PEER => body,
+            _ => ObjRequest { tgt_epoch: Epoch(self.id.writer), write_seq: self.id.seq, ..body },
         };
         Request::new(opcode).epoch(self.view.epoch).with_obj(body)
     }

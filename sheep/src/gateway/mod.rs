@@ -3,7 +3,7 @@
 //! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
 //! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`grants`] decides whether
 //! directly or through the object's first home ([`arbiter`], [`sequencer`]); [`op`] is a single attempt in one epoch,
-//! by [`replicas`], or [`coded`] for erasure-coded objects; [`map`] updates block tables, [`guard`] inode headers;
+//! by [`replicas`], or [`coded`] for erasure-coded objects; [`numbers`] tells homes which writes are done; [`map`] updates block tables, [`guard`] inode headers;
 //! [`drops`] drops references.
 
 pub mod arbiter;
@@ -12,6 +12,7 @@ mod drops;
 pub mod grants;
 mod guard;
 pub mod map;
+pub mod numbers;
 pub mod object;
 mod op;
 pub mod replicas;
@@ -27,6 +28,7 @@ use sheepdog_proto::{Flags, Oid, Opcode, Request, Response, ResultCode};
 
 use self::arbiter::Arbiter;
 use self::grants::Grants;
+use self::numbers::Numbers;
 use crate::order::Order;
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -45,6 +47,8 @@ pub struct Gateway {
     pub grants: Grants,
     /// Claims of gateways that this node decides.
     pub arbiter: Arbiter,
+    /// Numbers of the writes in progress.
+    pub numbers: Numbers,
 }
 
 impl Gateway {
@@ -56,6 +60,7 @@ impl Gateway {
             reclaim,
             grants: Grants::default(),
             arbiter: Arbiter::default(),
+            numbers: Numbers::default(),
         }
     }
 }
@@ -113,7 +118,7 @@ pub fn try_read_inline(sheep: &Arc<Sheep>, request: &Request) -> Option<Reply> {
         return None;
     }
     view.my_position(body.oid, redundancy.copies)?;
-    if !sheep.recovery.is_idle() {
+    if !sheep.recovery.is_idle() || !sheep.intents.all_settled() {
         return None;
     }
     let offset = u64::from(body.offset);

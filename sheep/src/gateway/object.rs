@@ -13,9 +13,11 @@ use tokio::sync::Mutex;
 
 use super::coded::{Attempt, code_of};
 use super::grants::Route;
+use super::numbers::Number;
 use super::op::{Op, Scratch, code_for, request_for};
 use super::replicas::{self, Failure};
 use super::{Gateway, sequencer};
+use crate::intents::WriteId;
 use crate::order::{PendingTurn, Turn};
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -97,6 +99,31 @@ struct Way {
     scratch: Scratch,
 }
 
+/// An operation is over; the caller still holds its turn. A write that failed for good is taken back where it is.
+pub(super) async fn conclude(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    op: &Op,
+    number: Option<Number>,
+    error: Option<&ResultCode>,
+) {
+    let Some(number) = number else { return };
+    if matches!(error, Some(&(ResultCode::KILLED | ResultCode::SHUTDOWN))) {
+        return; // the end of the epoch settles it
+    }
+    let nowhere = error.is_none_or(|code| *code == ResultCode::NO_OBJ) || !number.is_sent();
+    if !nowhere {
+        let view = sheep.views.load();
+        let kept = sheep.redundancy(oid.vid(), &view);
+        if let Err(failure) = op.undo(sheep, &view, oid, kept, number.send()).await {
+            // It stays in doubt, and the end of the epoch settles it.
+            tracing::warn!("{oid}: a failed write was not undone everywhere: {}", failure.code);
+            return;
+        }
+    }
+    number.done();
+}
+
 impl Gateway {
     /// Brings an operation to all replicas.
     async fn run(&self, sheep: &Arc<Sheep>, oid: Oid, op: Op) -> Result<Bytes, ResultCode> {
@@ -106,21 +133,34 @@ impl Gateway {
         if is_coded(oid, &redundancy) {
             code_of(redundancy.policy)?;
         }
+        let number = op.is_write().then(|| self.numbers.begin(sheep));
         {
             let _turn = self.order.turn(oid, op.range(is_coded(oid, &redundancy)), op.is_write()).await;
-            let result = self.in_turn(sheep, oid, &op, false).await;
+            let result = self.in_turn(sheep, oid, &op, false, number.as_ref()).await;
             if result != Err(ResultCode::STALE_OBJ) {
+                conclude(sheep, oid, &op, number, result.as_ref().err()).await;
                 return result;
             }
         }
         // A home lacks its replica: give it one while nobody writes, then write.
         let _turn = self.order.turn(oid, 0..u64::MAX, true).await;
         tracing::warn!("{oid}: not all homes have it, repairing");
-        let result = self.in_turn(sheep, oid, &op, true).await;
-        if result == Err(ResultCode::STALE_OBJ) { Err(ResultCode::NO_OBJ) } else { result }
+        let mut result = self.in_turn(sheep, oid, &op, true, number.as_ref()).await;
+        if result == Err(ResultCode::STALE_OBJ) {
+            result = Err(ResultCode::NO_OBJ);
+        }
+        conclude(sheep, oid, &op, number, result.as_ref().err()).await;
+        result
     }
 
-    async fn in_turn(&self, sheep: &Arc<Sheep>, oid: Oid, op: &Op, heal: bool) -> Result<Bytes, ResultCode> {
+    async fn in_turn(
+        &self,
+        sheep: &Arc<Sheep>,
+        oid: Oid,
+        op: &Op,
+        heal: bool,
+        number: Option<&Number>,
+    ) -> Result<Bytes, ResultCode> {
         // One attempt after the other; the lock only lends the state to each.
         let way: &Mutex<Option<Way>> = &Mutex::new(None);
         retry(sheep, oid, op.is_write(), |view, kept| async move {
@@ -129,7 +169,11 @@ impl Gateway {
                 Some(known) => way.insert(known),
                 None => {
                     let route = self.grants.route(sheep, &view, oid, op.is_write()).await?;
-                    way.insert(Way { epoch: view.epoch, route, scratch: Scratch::default() })
+                    way.insert(Way {
+                        epoch: view.epoch,
+                        route,
+                        scratch: Scratch { heal, ..Scratch::default() },
+                    })
                 }
             };
             if let Route::Through(first, _) = way.route
@@ -138,7 +182,7 @@ impl Gateway {
             {
                 return Ok(data);
             }
-            op.attempt(sheep, &view, oid, kept, &mut way.scratch, heal).await
+            op.attempt(sheep, &view, oid, kept, &mut way.scratch, number).await
         })
         .await
     }
@@ -191,12 +235,13 @@ impl Gateway {
     pub async fn remove_in_turn(&self, sheep: &Arc<Sheep>, oid: Oid, _turn: Turn) -> Result<(), ResultCode> {
         if let Some(code) = code_for(sheep, oid)? {
             return retry(sheep, oid, false, |view, _| async move {
-                Attempt { sheep, view: &view, oid, code }.remove().await
+                Attempt { sheep, view: &view, oid, code, id: WriteId::default() }.remove().await
             })
             .await;
         }
         retry(sheep, oid, false, |view, kept| async move {
-            let request = request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies);
+            let request =
+                request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies, WriteId::default());
             replicas::fan_out(sheep, &view, request, Bytes::new(), kept.copies).await
         })
         .await

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sheepdog_erasure::{Code, STRIPE, StripeRange};
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{Epoch, Flags, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
 
 use super::coded::{Attempt, code_of, overlay};
+use super::numbers::Number;
 use super::object::is_coded;
 use super::replicas::{self, Failure};
+use crate::intents::WriteId;
+use crate::settle;
 use crate::sheep::Sheep;
 use crate::vdi::table::Redundancy;
 use crate::view::View;
@@ -44,12 +47,29 @@ pub enum Op {
 /// What an attempt leaves for the next one in the same epoch.
 #[derive(Default)]
 pub struct Scratch {
+    /// Homes that lack the object get it first. Needs the turn of the whole object.
+    pub heal: bool,
     /// The whole stripes that a write of part of a coded object replaces; read once, before any strip is sent.
-    stripes: Option<Bytes>,
+    pub(super) stripes: Option<Bytes>,
 }
 
-pub(super) fn request_for(opcode: Opcode, oid: Oid, offset: u64, epoch: Epoch, copies: u8) -> Request {
-    let body = ObjRequest { oid, offset: offset as u32, copies, ..ObjRequest::zeroed() };
+/// A request to a home; of a write, with the number that the home knows it by.
+pub(super) fn request_for(
+    opcode: Opcode,
+    oid: Oid,
+    offset: u64,
+    epoch: Epoch,
+    copies: u8,
+    id: WriteId,
+) -> Request {
+    let body = ObjRequest {
+        oid,
+        offset: offset as u32,
+        copies,
+        tgt_epoch: Epoch(id.writer),
+        write_seq: id.seq,
+        ..ObjRequest::zeroed()
+    };
     let request = Request::new(opcode).epoch(epoch).with_obj(body);
     if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER {
         request
@@ -105,8 +125,8 @@ impl Op {
         StripeRange::of(self.offset() as u32, self.len() as u32)
     }
 
-    /// One attempt in one epoch. The caller holds the turn of [`Op::range`]; with `heal`, of the whole object, and homes
-    /// that lack it get it first. `STALE_OBJ` = heal, some homes have the object and some do not.
+    /// One attempt in one epoch. The caller holds the turn of [`Op::range`]. `STALE_OBJ` = some homes have the object and
+    /// some do not: heal.
     pub async fn attempt(
         &self,
         sheep: &Arc<Sheep>,
@@ -114,21 +134,24 @@ impl Op {
         oid: Oid,
         kept: Redundancy,
         scratch: &mut Scratch,
-        heal: bool,
+        number: Option<&Number>,
     ) -> Result<Bytes, Failure> {
+        let id = number.map(Number::send).unwrap_or_default();
         if is_coded(oid, &kept) {
-            let coded = Attempt { sheep, view, oid, code: code_of(kept.policy)? };
-            return self.attempt_coded(&coded, sheep.size_of(oid, view), scratch, heal).await;
+            let coded = Attempt { sheep, view, oid, code: code_of(kept.policy)?, id };
+            return self.attempt_coded(&coded, sheep.size_of(oid, view), scratch).await;
         }
-        let request = |opcode, offset| request_for(opcode, oid, offset, view.epoch, kept.copies);
-        if heal {
-            let read = request(Opcode::READ_PEER, 0).length(sheep.size_of(oid, view) as usize);
+        let request = |opcode, offset| request_for(opcode, oid, offset, view.epoch, kept.copies, id);
+        let reading =
+            |offset| request_for(Opcode::READ_PEER, oid, offset, view.epoch, kept.copies, WriteId::default());
+        if scratch.heal {
+            let read = reading(0).length(sheep.size_of(oid, view) as usize);
             let create = request(Opcode::CREATE_AND_WRITE_PEER, 0);
             replicas::heal(sheep, view, read, create, kept.copies).await?;
         }
         match self {
             Op::Read { offset, len } => {
-                let read = request(Opcode::READ_PEER, *offset).length(*len);
+                let read = reading(*offset).length(*len);
                 replicas::read(sheep, view, read, kept.copies).await
             }
             Op::Write { offset, data } => {
@@ -142,15 +165,48 @@ impl Op {
         }
     }
 
+    /// Takes a write back that failed for good and may be on some homes. The caller still holds its turn.
+    pub async fn undo(
+        &self,
+        sheep: &Arc<Sheep>,
+        view: &View,
+        oid: Oid,
+        kept: Redundancy,
+        id: WriteId,
+    ) -> Result<(), Failure> {
+        let Op::Write { offset, data } = self else { return Ok(()) };
+        let homes: Vec<NodeId> = view.ring.nodes_of(oid, kept.copies.into()).map(|n| n.nid).collect();
+        if is_coded(oid, &kept) {
+            return Ok(settle::undo_strips(sheep, oid, &homes, id, view.epoch).await?);
+        }
+        let read = request_for(Opcode::READ_PEER, oid, *offset, view.epoch, kept.copies, WriteId::default());
+        let read = read.flag(Flags::RECOVERY).length(data.len());
+        let found = replicas::on_all(sheep, &homes, read, &Bytes::new()).await;
+        let mut written = Vec::new();
+        let mut old = None;
+        for (home, result) in homes.iter().zip(found) {
+            match result {
+                Ok(reply) if reply.data == *data => written.push(*home),
+                Ok(reply) => old = old.or(Some(reply.data)),
+                Err(failure) if failure.code == ResultCode::NO_OBJ => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        let Some(old) = old else { return Ok(()) };
+        let write = request_for(Opcode::WRITE_PEER, oid, *offset, view.epoch, kept.copies, id);
+        let results = replicas::on_all(sheep, &written, write, &old).await;
+        let failures: Vec<Failure> = results.into_iter().filter_map(Result::err).collect();
+        replicas::deciding(&failures).map_or(Ok(()), Err)
+    }
+
     async fn attempt_coded(
         &self,
         coded: &Attempt<'_>,
         size: u64,
         scratch: &mut Scratch,
-        heal: bool,
     ) -> Result<Bytes, Failure> {
         let range = self.stripes();
-        if heal {
+        if scratch.heal {
             coded.heal(size).await?;
         }
         match self {

@@ -44,6 +44,9 @@ pub async fn call(
         reply.response.epoch = sheep.views.epoch();
         reply
     } else {
+        if matches!(request.opcode, Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER) {
+            sheep.gateway.numbers.touch(node);
+        }
         sheep.peers.call(&node, request, payload, IO_DEADLINE).await.map_err(|error| {
             tracing::debug!("{node}: {error}");
             Failure::from(ResultCode::NETWORK_ERROR)

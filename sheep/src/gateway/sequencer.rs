@@ -9,7 +9,8 @@ use sheepdog_proto::header::{OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, Response, ResultCode};
 
 use super::grants::first_home;
-use super::object::{BACKOFF, is_coded};
+use super::numbers::Number;
+use super::object::{BACKOFF, conclude, is_coded};
 use super::op::{Op, Scratch};
 use super::replicas::Failure;
 use crate::order::Turn;
@@ -139,25 +140,44 @@ async fn in_turn(sheep: &Arc<Sheep>, oid: Oid, op: &Op, epoch: Epoch) -> Result<
     }
     check_range(op.offset(), op.len() as u64, sheep.size_of(oid, &view))?;
     let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
-    let mut held = turn(sheep, oid, op.range(coded), op.is_write(), epoch).await?;
+    let number = op.is_write().then(|| sheep.gateway.numbers.begin(sheep));
+    let mut held = Some(turn(sheep, oid, op.range(coded), op.is_write(), epoch).await?);
+    let result = attempts(sheep, oid, op, epoch, &mut held, number.as_ref()).await;
+    let error = result.as_ref().err().map(|failure| failure.code);
+    if error == Some(ResultCode::OLD_NODE_VER) {
+        // Its gateway does it again. The end of the epoch settles what came of this.
+        return result;
+    }
+    conclude(sheep, oid, op, number, error.as_ref()).await;
+    result
+}
+
+async fn attempts(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    op: &Op,
+    epoch: Epoch,
+    held: &mut Option<Turn>,
+    number: Option<&Number>,
+) -> Result<Bytes, Failure> {
     let mut scratch = Scratch::default();
-    let (mut heal, mut pause) = (false, BACKOFF.0);
+    let mut pause = BACKOFF.0;
     loop {
         let view = sheep.views.load();
         if view.epoch != epoch {
             return Err(ResultCode::OLD_NODE_VER.into());
         }
         let kept = sheep.redundancy(oid.vid(), &view);
-        let failure = match op.attempt(sheep, &view, oid, kept, &mut scratch, heal).await {
+        let failure = match op.attempt(sheep, &view, oid, kept, &mut scratch, number).await {
             Ok(data) => return Ok(data),
             Err(failure) => failure,
         };
         match failure.code {
-            ResultCode::STALE_OBJ if heal => return Err(ResultCode::NO_OBJ.into()),
+            ResultCode::STALE_OBJ if scratch.heal => return Err(ResultCode::NO_OBJ.into()),
             ResultCode::STALE_OBJ => {
-                drop(held);
-                held = turn(sheep, oid, 0..u64::MAX, true, epoch).await?;
-                (heal, scratch) = (true, Scratch::default());
+                drop(held.take());
+                *held = Some(turn(sheep, oid, 0..u64::MAX, true, epoch).await?);
+                scratch = Scratch { heal: true, ..Scratch::default() };
                 continue;
             }
             ResultCode::EIO if view.my_position(oid, kept.copies).is_some() => sheep.cluster.leave(),

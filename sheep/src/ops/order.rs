@@ -6,11 +6,13 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderResponse, order};
-use sheepdog_proto::{NodeId, Request, Response, ResultCode, Wire};
+use sheepdog_proto::{Epoch, NodeId, Request, Response, ResultCode, Wire};
 
-use super::result;
+use super::{list, result};
 use crate::gateway::grants::Verdict;
+use crate::gateway::object::is_coded;
 use crate::gateway::sequencer;
+use crate::settle;
 use crate::sheep::Sheep;
 
 /// ORDER_PEER.
@@ -20,6 +22,11 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::PERFORM => return sequencer::perform(sheep, &request, payload).await,
             order::CLAIM => claim(sheep, &request, &payload).await,
             order::YIELD => give_back(sheep, &request).await,
+            order::SETTLE => settle(sheep, &request, &payload).await,
+            order::PULL => pull(sheep, &request, &payload).await,
+            order::DONE => done(sheep, &request, &payload),
+            order::RECALL => return recall(sheep, &request, &payload),
+            order::DECIDE => decide(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
         match outcome {
@@ -46,4 +53,46 @@ async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderRespons
     let body = request.order();
     let free = sheep.gateway.grants.give_back(body.oid.vid(), request.epoch, body.serial).await;
     Ok(OrderResponse { verdict: free.into(), serial: body.serial })
+}
+
+async fn settle(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let view = sequencer::at_epoch(sheep, request.epoch).await?;
+    if is_coded(body.oid, &sheep.redundancy(body.oid.vid(), &view)) {
+        let ids = settle::decode_ids(payload);
+        settle::judge(sheep, body.oid, Epoch(body.serial), &ids, request.epoch).await?;
+    } else {
+        let reporter = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
+        settle::lead(sheep, body.oid, body.regions, reporter, request.epoch).await?;
+    }
+    Ok(OrderResponse::zeroed())
+}
+
+async fn pull(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let source = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
+    settle::follow(sheep, body.oid, body.regions, source, request.epoch).await?;
+    Ok(OrderResponse::zeroed())
+}
+
+fn done(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let mut numbers = payload.chunks_exact(4).map(u32::get);
+    let writer = numbers.next().filter(|w| *w != 0).ok_or(ResultCode::INVALID_PARMS)?;
+    let open: Vec<u32> = numbers.collect();
+    sheep.intents.done(writer, request.order().serial, &open);
+    Ok(OrderResponse::zeroed())
+}
+
+fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
+    let body = request.order();
+    let written = Epoch(body.serial);
+    let ids = settle::decode_ids(payload);
+    list(request, ids.iter().map(|id| sheep.intents.fate(body.oid, *id, written) as u8).collect())
+}
+
+async fn decide(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let ids = settle::decode_ids(payload);
+    settle::decide(sheep, body.oid, body.kind == 1, &ids, Epoch(body.serial), request.epoch).await?;
+    Ok(OrderResponse::zeroed())
 }

@@ -50,6 +50,9 @@ pub async fn recover(
     code: Code,
     len: u64,
 ) -> Recovered {
+    if sheep.intents.is_unsettled(replica.oid) {
+        return Recovered::Later("writes of it are being settled".into());
+    }
     let wanted = usize::from(replica.strip.unwrap_or(0));
     let mut search = Search { sheep, active, store, oid: replica.oid, code, len, wanted, found: Vec::new() };
     let strip = match search.run().await {

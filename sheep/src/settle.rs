@@ -1,0 +1,475 @@
+//! Making the replicas of an object equal after an epoch in which a write of it was not done (spec 06, 15.1 A3, 14.2 P4).
+//!
+//! *Replicated objects.* A node with an unsettled object tells its first home, which leads: one home after the other
+//! takes the unsettled regions over from it. A home that does so keeps new writes out for that moment and waits until
+//! those that it has are done everywhere, so that nothing acknowledged is overwritten. When all are equal, all homes
+//! serve reads of the object again. The first home's state wins: an acknowledged write is on all homes, so it has it.
+//!
+//! *Coded objects.* The homes of the epoch of the write decide whether it stands: it does if all of them that are here
+//! have it, or if one knows that it was done; else it is undone where it is, before anybody reads or rebuilds a strip.
+//! The first of these homes asks and tells.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+use sheepdog_placement::{Ring, Weights};
+use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
+use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode, Wire};
+use sheepdog_store::{Replica, StoreError};
+
+use crate::cluster::ops::epoch_log;
+use crate::gateway::grants::first_home;
+use crate::gateway::object::is_coded;
+use crate::gateway::sequencer::at_epoch;
+use crate::intents::{Fate, WriteId, ranges};
+use crate::sheep::Sheep;
+
+/// Objects settled at a time.
+const WIDTH: usize = 8;
+/// First and last pause between attempts.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Deadline of settling one object at its leader.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
+/// Deadline of taking regions over.
+const PULL_DEADLINE: Duration = Duration::from_secs(15);
+/// Deadline of small questions.
+const ASK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long writes in progress may take to be done before a home gives up taking over for now.
+const QUIET: Duration = Duration::from_secs(5);
+/// Between two looks at them.
+const QUIET_PAUSE: Duration = Duration::from_millis(5);
+/// Bytes read at once when regions are taken over.
+const STEP: u64 = 1 << 20;
+
+/// Settles what is unsettled here, until all is or the epoch ends.
+pub fn start(sheep: &Arc<Sheep>, epoch: Epoch) {
+    if sheep.intents.all_settled() {
+        return;
+    }
+    let sheep = sheep.clone();
+    tokio::spawn(async move {
+        let oids = sheep.intents.unsettled();
+        tracing::info!("making {} objects equal that were being written, epoch {epoch}", oids.len());
+        stream::iter(oids).for_each_concurrent(WIDTH, |oid| until_settled(&sheep, oid, epoch)).await;
+    });
+}
+
+async fn until_settled(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) {
+    sheep.tables_arrived().await;
+    let mut pause = PAUSE.0;
+    while sheep.views.epoch() == epoch && sheep.intents.is_unsettled(oid) {
+        match settle(sheep, oid, epoch).await {
+            Ok(()) => return sheep.intents.settled(oid),
+            Err(code) => tracing::debug!("{oid} is not settled yet: {code}"),
+        }
+        let view = sheep.views.load();
+        if view.epoch == epoch {
+            let _ = tokio::time::timeout(pause, sheep.views.changed_from(&view)).await;
+        }
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+async fn settle(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
+    let view = at_epoch(sheep, epoch).await?;
+    if is_coded(oid, &sheep.redundancy(oid.vid(), &view)) {
+        for (written, ids) in sheep.intents.open_writes(oid) {
+            settle_strips(sheep, oid, written, &ids, epoch).await?;
+        }
+        return Ok(());
+    }
+    let leader = first_home(&view, oid).ok_or(ResultCode::WAIT_FOR_JOIN)?;
+    let regions = sheep.intents.regions(oid);
+    if leader == sheep.me {
+        return lead(sheep, oid, regions, sheep.me, epoch).await;
+    }
+    let body = OrderRequest { oid, what: order::SETTLE, regions, ..OrderRequest::zeroed() };
+    let me = Bytes::from(sheep.me.encode());
+    match ask(sheep, leader, body, me, epoch, SETTLE_DEADLINE).await {
+        // A node of the original cannot lead: this home follows it alone.
+        Err(ResultCode::INVALID_PARMS) => pull(sheep, oid, regions, leader, epoch).await,
+        other => other.map(drop),
+    }
+}
+
+async fn ask(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    body: OrderRequest,
+    payload: Bytes,
+    epoch: Epoch,
+    deadline: Duration,
+) -> Result<Bytes, ResultCode> {
+    let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(epoch).with_order(body);
+    let reply = sheep.peers.control(&node, request, payload, deadline).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    reply.response.result.ok()?;
+    Ok(reply.data)
+}
+
+/// Waits until this node's replica of `oid` is recovered, if it is to be.
+async fn recovered(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
+    loop {
+        let view = at_epoch(sheep, epoch).await?;
+        if sheep.recovery.ready(sheep, oid, &view).await {
+            return Ok(());
+        }
+    }
+}
+
+/// The first home: has all homes take `regions` over from here, or from `reporter` if there is nothing here.
+pub async fn lead(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    regions: u64,
+    reporter: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
+    let view = at_epoch(sheep, epoch).await?;
+    let kept = sheep.redundancy(oid.vid(), &view);
+    if first_home(&view, oid) != Some(sheep.me) || is_coded(oid, &kept) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    recovered(sheep, oid, epoch).await?;
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let here = store.exists(Sheep::replica(oid));
+    let source = if here { sheep.me } else { reporter };
+    let regions = regions | sheep.intents.regions(oid);
+    let homes: Vec<NodeId> = view.ring.nodes_of(oid, kept.copies.into()).map(|n| n.nid).collect();
+    if here || reporter != sheep.me {
+        // This node serves no reads of it either until all are equal.
+        sheep.intents.unsettle(oid, regions);
+        for home in homes.iter().filter(|h| **h != source) {
+            if *home == sheep.me {
+                pull(sheep, oid, regions, source, epoch).await?;
+                continue;
+            }
+            let body = OrderRequest { oid, what: order::PULL, regions, ..OrderRequest::zeroed() };
+            let from = Bytes::from(source.encode());
+            match ask(sheep, *home, body, from, epoch, PULL_DEADLINE).await {
+                Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
+                Err(code) => return Err(code),
+            }
+        }
+    }
+    for home in homes.iter().filter(|h| **h != sheep.me) {
+        let body = OrderRequest { oid, what: order::PULL, regions: 0, ..OrderRequest::zeroed() };
+        let from = Bytes::from(source.encode());
+        match ask(sheep, *home, body, from, epoch, ASK_DEADLINE).await {
+            Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
+            Err(code) => return Err(code),
+        }
+    }
+    sheep.intents.settled(oid);
+    Ok(())
+}
+
+/// A home: takes `regions` over from `source`. No regions: all homes are equal.
+pub async fn follow(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    regions: u64,
+    source: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    at_epoch(sheep, epoch).await?;
+    if regions == 0 {
+        sheep.intents.settled(oid);
+        return Ok(());
+    }
+    sheep.intents.unsettle(oid, regions);
+    pull(sheep, oid, regions, source, epoch).await
+}
+
+async fn pull(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    regions: u64,
+    source: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let Some(store) = sheep.store.as_ref() else { return Ok(()) };
+    recovered(sheep, oid, epoch).await?;
+    let view = at_epoch(sheep, epoch).await?;
+    if !view.is_member(&source) || source == sheep.me || !sheep.is_home(oid, &view) {
+        return Ok(());
+    }
+    // Writes that come from now on wait; those that are here are done, so the source has them, before it is read.
+    let _held = sheep.holds.hold(oid).await;
+    sheep.gate.drain().await;
+    let quiet = async {
+        while sheep.intents.is_busy(oid) {
+            tokio::time::sleep(QUIET_PAUSE).await;
+        }
+    };
+    tokio::time::timeout(QUIET, quiet).await.map_err(|_| ResultCode::AGAIN)?;
+    let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+    let (replica, size) = (Sheep::replica(oid), sheep.size_of(oid, &view));
+    if !store.exists(replica) {
+        let whole = match read(sheep, source, oid, 0..size, epoch).await {
+            Err(ResultCode::NO_OBJ) => return Ok(()),
+            other => other?,
+        };
+        return store.create_if_absent(replica, size, 0, whole).await.map(drop).map_err(|e| fault(sheep, &e));
+    }
+    if regions == u64::MAX && same(sheep, source, replica, size, epoch).await {
+        return Ok(());
+    }
+    let steps = ranges(size, regions).into_iter().flat_map(|range| {
+        let end = range.end;
+        range.step_by(STEP as usize).map(move |start| start..(start + STEP).min(end))
+    });
+    for range in steps {
+        let theirs = match read(sheep, source, oid, range.clone(), epoch).await {
+            Err(ResultCode::NO_OBJ) => return Ok(()),
+            other => other?,
+        };
+        let mine = store.read(replica, range.start, theirs.len()).await.map_err(|e| fault(sheep, &e))?;
+        if mine != theirs {
+            tracing::info!("{oid}: {} bytes at {} as {source} has them", theirs.len(), range.start);
+            store.write(replica, size, range.start, theirs).await.map_err(|e| fault(sheep, &e))?;
+        }
+    }
+    Ok(())
+}
+
+fn fault(sheep: &Arc<Sheep>, error: &StoreError) -> ResultCode {
+    crate::faults::peer_result(sheep, error)
+}
+
+async fn read(
+    sheep: &Arc<Sheep>,
+    source: NodeId,
+    oid: Oid,
+    range: std::ops::Range<u64>,
+    epoch: Epoch,
+) -> Result<Bytes, ResultCode> {
+    let len = (range.end - range.start) as usize;
+    let body = ObjRequest { oid, offset: range.start as u32, ..ObjRequest::zeroed() };
+    let request =
+        Request::new(Opcode::READ_PEER).flag(Flags::RECOVERY).epoch(epoch).length(len).with_obj(body);
+    let reply = sheep.peers.call(&source, request, Bytes::new(), PULL_DEADLINE).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    reply.response.result.ok()?;
+    if reply.data.len() == len { Ok(reply.data) } else { Err(ResultCode::NETWORK_ERROR) }
+}
+
+/// Whether the whole object is the same here and there. In doubt it is not.
+async fn same(sheep: &Arc<Sheep>, source: NodeId, replica: Replica, size: u64, epoch: Epoch) -> bool {
+    let Some(store) = sheep.store.as_ref() else { return false };
+    let body = ObjRequest { oid: replica.oid, ..ObjRequest::zeroed() };
+    let request = Request::new(Opcode::GET_HASH).epoch(epoch).with_obj(body);
+    let theirs = sheep.peers.call(&source, request, Bytes::new(), PULL_DEADLINE);
+    let (theirs, mine) = tokio::join!(theirs, store.hash(replica, size, None, false));
+    matches!((theirs, mine), (Ok(t), Ok(m)) if t.response.result.is_ok() && t.response.hash().digest == m)
+}
+
+/// The list of writes in a payload.
+pub fn decode_ids(payload: &[u8]) -> Vec<WriteId> {
+    let pairs = payload.chunks_exact(8);
+    pairs.map(|p| WriteId { writer: u32::get(p), seq: u32::get(&p[4..]) }).collect()
+}
+
+fn encode_ids(ids: &[WriteId]) -> Vec<u8> {
+    ids.iter().flat_map(|id| [id.writer.to_le_bytes(), id.seq.to_le_bytes()].concat()).collect()
+}
+
+/// The first present home of the epoch of these writes decides about them.
+async fn settle_strips(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    written: Epoch,
+    ids: &[WriteId],
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let homes = old_homes(sheep, oid, written).await?;
+    let leader = *homes.first().ok_or(ResultCode::WAIT_FOR_JOIN)?;
+    if leader == sheep.me {
+        return judge(sheep, oid, written, ids, epoch).await;
+    }
+    let body = OrderRequest { oid, what: order::SETTLE, serial: written.0, ..OrderRequest::zeroed() };
+    match ask(sheep, leader, body, encode_ids(ids).into(), epoch, SETTLE_DEADLINE).await {
+        Err(ResultCode::INVALID_PARMS) => judge(sheep, oid, written, ids, epoch).await,
+        other => other.map(drop),
+    }
+}
+
+/// The homes of strips at epoch `written` that are members now.
+async fn old_homes(sheep: &Arc<Sheep>, oid: Oid, written: Epoch) -> Result<Vec<NodeId>, ResultCode> {
+    let view = sheep.views.load();
+    let log = epoch_log(sheep, written).await.ok_or(ResultCode::AGAIN)?;
+    let ring = Ring::new(log.nodes, Weights::of_cluster(view.flags)).map_err(|_| ResultCode::AGAIN)?;
+    let copies = sheep.redundancy(oid.vid(), &view).copies;
+    Ok(ring.nodes_of(oid, copies.into()).map(|n| n.nid).filter(|n| view.is_member(n)).collect())
+}
+
+/// Decides about writes of strips and tells their homes.
+pub async fn judge(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    written: Epoch,
+    ids: &[WriteId],
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
+    at_epoch(sheep, epoch).await?;
+    let homes = old_homes(sheep, oid, written).await?;
+    let mut fates: HashMap<WriteId, Vec<Fate>> = HashMap::new();
+    for home in &homes {
+        let answers = if *home == sheep.me {
+            ids.iter().map(|id| sheep.intents.fate(oid, *id, written)).collect()
+        } else {
+            recall(sheep, *home, oid, written, ids, epoch).await?
+        };
+        for (id, fate) in ids.iter().zip(answers) {
+            fates.entry(*id).or_default().push(fate);
+        }
+    }
+    let (stand, fall): (Vec<WriteId>, Vec<WriteId>) =
+        ids.iter().partition(|id| stands(fates.get(id).map_or(&[][..], |f| f)));
+    tracing::info!("{oid}: {} writes of epoch {written} stand, {} are undone", stand.len(), fall.len());
+    for home in &homes {
+        for (verdict, ids) in [(1, &stand), (0, &fall)] {
+            if ids.is_empty() {
+                continue;
+            }
+            if *home == sheep.me {
+                decide(sheep, oid, verdict == 1, ids, written, epoch).await?;
+                continue;
+            }
+            let body = decision(oid, verdict, written);
+            match ask(sheep, *home, body, encode_ids(ids).into(), epoch, PULL_DEADLINE).await {
+                Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
+                Err(code) => return Err(code),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn decision(oid: Oid, verdict: u8, written: Epoch) -> OrderRequest {
+    OrderRequest { oid, what: order::DECIDE, kind: verdict, serial: written.0, ..OrderRequest::zeroed() }
+}
+
+/// A gateway takes a write of strips in `epoch` back that failed for good.
+pub async fn undo_strips(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    homes: &[NodeId],
+    id: WriteId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    for home in homes {
+        let undone = if *home == sheep.me {
+            decide(sheep, oid, false, &[id], epoch, epoch).await
+        } else {
+            let ids = Bytes::from(encode_ids(&[id]));
+            ask(sheep, *home, decision(oid, 0, epoch), ids, epoch, PULL_DEADLINE).await.map(drop)
+        };
+        match undone {
+            Ok(()) | Err(ResultCode::INVALID_PARMS) => {}
+            Err(code) => return Err(code),
+        }
+    }
+    Ok(())
+}
+
+async fn recall(
+    sheep: &Arc<Sheep>,
+    home: NodeId,
+    oid: Oid,
+    written: Epoch,
+    ids: &[WriteId],
+    epoch: Epoch,
+) -> Result<Vec<Fate>, ResultCode> {
+    // The answer takes the place of the question in the payload.
+    let body = OrderRequest { oid, what: order::RECALL, serial: written.0, ..OrderRequest::zeroed() };
+    let request = Request::new(Opcode::ORDER_PEER)
+        .flag(Flags::WRITE.with(Flags::PIGGYBACK))
+        .epoch(epoch)
+        .with_order(body);
+    let reply = sheep.peers.control(&home, request, encode_ids(ids).into(), ASK_DEADLINE).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    match reply.response.result {
+        ResultCode::SUCCESS if reply.data.len() == ids.len() => {
+            Ok(reply.data.iter().map(|byte| Fate::of(*byte)).collect())
+        }
+        ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR),
+        // A node of the original remembers nothing.
+        ResultCode::INVALID_PARMS => Ok(vec![Fate::Unknown; ids.len()]),
+        code => Err(code),
+    }
+}
+
+/// Whether a write stands that its homes know this of.
+fn stands(fates: &[Fate]) -> bool {
+    if fates.iter().any(|f| matches!(f, Fate::Done | Fate::Kept)) {
+        return true;
+    }
+    !fates.iter().any(|f| matches!(f, Fate::Undone | Fate::Absent))
+}
+
+/// A home of strips: does what was decided.
+pub async fn decide(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    stands: bool,
+    ids: &[WriteId],
+    written: Epoch,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let view = at_epoch(sheep, epoch).await?;
+    let Some(store) = sheep.store.as_ref() else { return Ok(()) };
+    let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+    for id in ids {
+        if stands {
+            sheep.intents.stands(oid, *id, written);
+            continue;
+        }
+        for (replica, offset, old) in sheep.intents.to_undo(oid, *id, written) {
+            let (_, size) = sheep.named_replica(oid, replica.strip.unwrap_or(0), &view);
+            let undone = match store.write(replica, size, offset, old.clone()).await {
+                // Since then it has been moved to the stale area, where recovery may read it.
+                Err(StoreError::NoObject) => match store.stale_epochs(replica).last() {
+                    Some(stale) => store.write_stale(replica, *stale, offset, old).await,
+                    None => Ok(()),
+                },
+                other => other,
+            };
+            match undone {
+                Ok(()) | Err(StoreError::NoObject) => {}
+                Err(error) => return Err(fault(sheep, &error)),
+            }
+        }
+        sheep.intents.undone(oid, *id, written);
+    }
+    if sheep.intents.open_writes(oid).is_empty() {
+        sheep.intents.settled(oid);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_of_strips_stands_if_every_home_has_it_or_one_knows_that_it_was_done() {
+        use Fate::*;
+        assert!(stands(&[Applied, Applied, Unknown]));
+        assert!(stands(&[Absent, Done]), "acknowledged; one home has forgotten it already");
+        assert!(stands(&[Applied, Kept]));
+        assert!(!stands(&[Applied, Absent]));
+        assert!(!stands(&[Applied, Undone]));
+    }
+
+    #[test]
+    fn lists_of_writes_survive_the_wire() {
+        let ids = [WriteId { writer: 1, seq: u32::MAX }, WriteId { writer: 2, seq: 3 }];
+        assert_eq!(decode_ids(&encode_ids(&ids)), ids);
+    }
+}

@@ -1,0 +1,88 @@
+//! Replicas become equal again after a gateway died between them (spec 06, 14.2 P4; T12).
+//!
+//! `SHEEPDOG_GATEWAY_KILLS` sets how often the gateway is killed.
+
+use std::time::Duration;
+
+use sheepdog_testkit::load::{Load, Region, Summary};
+use sheepdog_testkit::wait::wait_for;
+use sheepdog_testkit::{Builder, Cluster};
+
+const WRITERS: usize = 8;
+/// The node that writes and dies; it stores nothing, so no other replica is missing when it is gone.
+const GATEWAY: usize = 3;
+
+fn kills(default: u32) -> u32 {
+    match std::env::var("SHEEPDOG_GATEWAY_KILLS") {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("SHEEPDOG_GATEWAY_KILLS={text}: not a number")),
+        Err(_) => default,
+    }
+}
+
+/// Kills the gateway again and again under load; `equal` looks at the stores of the others afterwards.
+fn kill_gateway_under_load(mut cluster: Cluster, mut equal: impl FnMut(&mut Cluster) -> Result<(), String>) {
+    let mut client = cluster.client();
+    let vid = client.create_vdi("busy", WRITERS as u64 * (4 << 20)).expect("create");
+    let mut regions = Region::divide(&mut client, vid, WRITERS).expect("regions");
+    let kills = kills(6);
+    let mut slowest = Duration::ZERO;
+    for kill in 0..kills {
+        let load = Load::start(regions, vec![cluster.nodes[GATEWAY].port], u64::from(kill) + 1);
+        wait_for("writes", Duration::from_secs(30), || (load.operations() > 300).then_some(()));
+        cluster.kill9(GATEWAY);
+        cluster.wait_members(GATEWAY);
+        let begun = std::time::Instant::now();
+        regions = load.stop();
+        let mut last = String::new();
+        let until = begun + Duration::from_secs(10);
+        while let Err(difference) = equal(&mut cluster) {
+            assert!(std::time::Instant::now() < until, "kill {kill}: {difference}");
+            last = difference;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        slowest = slowest.max(begun.elapsed());
+        eprintln!("kill {kill}: equal after {:?} {last}", begun.elapsed());
+        for region in regions.iter_mut() {
+            region.settle(&mut cluster.client());
+        }
+        for node in 0..GATEWAY {
+            let mut client = cluster.nodes[node].client();
+            let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut client)).collect();
+            assert!(lost.is_empty(), "kill {kill}, at node {node}: {lost:#?}");
+        }
+        cluster.restart(GATEWAY);
+        cluster.wait_members(GATEWAY + 1);
+    }
+    let summary = Summary::of(&regions);
+    assert!(summary.violations.is_empty(), "{:#?}", summary.violations);
+    assert!(summary.errors.is_empty(), "{:#?}", summary.errors);
+    eprintln!(
+        "{kills} kills, {} writes acknowledged, {} of unknown outcome, equal after at most {slowest:?}",
+        summary.acknowledged, summary.unknown
+    );
+}
+
+#[test]
+fn replicas_are_equal_soon_after_their_gateway_was_killed() {
+    let cluster = Builder::new(4).gateway(GATEWAY).copies(3).start();
+    kill_gateway_under_load(cluster, |cluster| {
+        let found = cluster.compare_replicas(3);
+        match (found.missing.is_empty(), found.differences.is_empty()) {
+            (true, true) => Ok(()),
+            _ => Err(format!("{:?} {:?}", found.missing, found.differences)),
+        }
+    });
+}
+
+#[test]
+fn strips_fit_together_soon_after_their_gateway_was_killed() {
+    let cluster = Builder::new(4).gateway(GATEWAY).erasure(2, 1).start();
+    kill_gateway_under_load(cluster, |cluster| {
+        let out = cluster.dog_at(0, &["vdi", "check", "busy"], b"").ok();
+        if out.contains("inconsistent") || out.contains("missing") || out.contains("failed") {
+            Err(out)
+        } else {
+            Ok(())
+        }
+    });
+}

@@ -132,6 +132,20 @@ pub struct Intents {
     since: AtomicU32,
     /// Objects that this node is settling for all homes.
     pub leading: Order,
+    /// Objects that a task of this node cares for until they are settled.
+    in_care: Arc<Mutex<HashSet<(Oid, Epoch)>>>,
+}
+
+/// The duty to settle an object; given back when dropped.
+pub struct Care {
+    in_care: Arc<Mutex<HashSet<(Oid, Epoch)>>>,
+    what: (Oid, Epoch),
+}
+
+impl Drop for Care {
+    fn drop(&mut self) {
+        self.in_care.lock().remove(&self.what);
+    }
 }
 
 /// The part of an object of `size` bytes that a region covers, in bytes: a 64th, whole pages.
@@ -182,6 +196,7 @@ impl Intents {
             dirty: Mutex::new(objects),
             since: AtomicU32::new(u32::MAX),
             leading: Order::default(),
+            in_care: Arc::default(),
         }
     }
 
@@ -351,6 +366,22 @@ impl Intents {
         let mut unsettled = self.unsettled.lock();
         unsettled.entry(oid).or_default().regions |= regions;
         self.nr_unsettled.store(unsettled.len(), Ordering::Release);
+    }
+
+    /// Takes on the duty to settle an object in this epoch; `None` = somebody has it.
+    pub fn take_on(&self, oid: Oid, epoch: Epoch) -> Option<Care> {
+        let what = (oid, epoch);
+        self.in_care.lock().insert(what).then(|| Care { in_care: self.in_care.clone(), what })
+    }
+
+    /// This node's objects are out of date and will be recovered from others, which settled what was to be settled.
+    pub fn leave_to_others(&self) {
+        let mut unsettled = self.unsettled.lock();
+        for (_, gone) in unsettled.drain() {
+            gone.settled.notify_waiters();
+        }
+        self.nr_unsettled.store(0, Ordering::Release);
+        self.undo.lock().clear();
     }
 
     /// All homes of the object are equal again.

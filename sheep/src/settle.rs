@@ -58,6 +58,7 @@ pub fn start(sheep: &Arc<Sheep>, epoch: Epoch) {
 }
 
 async fn until_settled(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) {
+    let Some(_mine) = sheep.intents.take_on(oid, epoch) else { return };
     sheep.tables_arrived().await;
     let mut pause = PAUSE.0;
     while sheep.views.epoch() == epoch && sheep.intents.is_unsettled(oid) {
@@ -120,8 +121,25 @@ async fn recovered(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), Res
     }
 }
 
+/// As [`lead`], for another node; if it fails, this node goes on trying: it has made the object unsettled at its homes,
+/// and the other one may have been told by then that it is settled.
+pub async fn lead_for(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    regions: u64,
+    reporter: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let result = lead(sheep, oid, regions, reporter, epoch).await;
+    if result.is_err() {
+        let sheep = sheep.clone();
+        tokio::spawn(async move { until_settled(&sheep, oid, epoch).await });
+    }
+    result
+}
+
 /// The first home: has all homes take `regions` over from here, or from `reporter` if there is nothing here.
-pub async fn lead(
+async fn lead(
     sheep: &Arc<Sheep>,
     oid: Oid,
     regions: u64,

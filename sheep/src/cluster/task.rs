@@ -531,6 +531,7 @@ impl Task {
 
     /// Objects that stayed where they are would be served as current: then the node ends instead.
     async fn stash_all(&mut self) {
+        self.sheep.intents.leave_to_others();
         let Some(store) = &self.sheep.store else { return };
         let epoch = self.sheep.meta.latest_epoch().unwrap_or_default();
         if let Err(error) = store.stash_all(epoch).await {

@@ -22,6 +22,8 @@ use crate::sheep::Sheep;
 const TELL_AFTER: Duration = Duration::from_millis(30);
 /// A write that ended without a known outcome counts as done after this: by then its epoch was settled.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
+/// What could not be told is tried again after this.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Deadline of telling one home.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -116,10 +118,11 @@ impl Numbers {
     }
 
     /// What homes are to be told: the highest number given out and those up to it that are not done.
-    fn news(&self) -> (u32, Vec<u32>, HashSet<NodeId>) {
+    fn news(&self, members: impl Iterator<Item = NodeId>) -> (u32, Vec<u32>, HashSet<NodeId>) {
         let mut state = self.state.lock();
         let now = Instant::now();
-        let State { abandoned, outstanding, .. } = &mut *state;
+        let State { abandoned, outstanding, untold, deaf, .. } = &mut *state;
+        let before = abandoned.len();
         abandoned.retain(|(at, seq)| {
             let keep = now.duration_since(*at) < FORGET_AFTER;
             if !keep {
@@ -127,6 +130,9 @@ impl Numbers {
             }
             keep
         });
+        if abandoned.len() < before {
+            untold.extend(members.filter(|node| !deaf.contains(node)));
+        }
         (state.last, state.outstanding.iter().copied().collect(), std::mem::take(&mut state.untold))
     }
 }
@@ -134,15 +140,20 @@ impl Numbers {
 /// Tells homes what is done, for ever.
 pub async fn run(sheep: Arc<Sheep>) {
     loop {
-        sheep.gateway.numbers.ended.notified().await;
-        tokio::time::sleep(TELL_AFTER).await;
+        if tokio::time::timeout(AGAIN_AFTER, sheep.gateway.numbers.ended.notified()).await.is_ok() {
+            tokio::time::sleep(TELL_AFTER).await;
+        }
         tell(&sheep);
     }
 }
 
 fn tell(sheep: &Arc<Sheep>) {
     let numbers = &sheep.gateway.numbers;
-    let (last, open, nodes) = numbers.news();
+    let view = sheep.views.load();
+    let (last, open, nodes) = numbers.news(view.members().iter().map(|n| n.nid));
+    if last == 0 {
+        return; // nothing was ever written here
+    }
     sheep.intents.done(numbers.writer, last, &open);
     let mut payload = numbers.writer.to_le_bytes().to_vec();
     payload.extend(open.iter().flat_map(|seq| seq.to_le_bytes()));

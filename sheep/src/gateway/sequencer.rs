@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderRequest, order};
-use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_proto::{ClusterStatus, Epoch, Flags, NodeId, Oid, Opcode, Request, Response, ResultCode};
 
 use super::grants::first_home;
 use super::numbers::Number;
@@ -93,6 +93,9 @@ pub async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, Res
     let reached = async {
         loop {
             let view = sheep.views.load();
+            if view.status == ClusterStatus::Killed {
+                return Err(ResultCode::KILLED);
+            }
             if epoch.is_before(view.epoch) {
                 return Err(ResultCode::OLD_NODE_VER);
             }
@@ -105,11 +108,11 @@ pub async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, Res
     tokio::time::timeout(EPOCH_WAIT, reached).await.unwrap_or(Err(ResultCode::NETWORK_ERROR))
 }
 
-/// Ends when the epoch does.
+/// Ends when the epoch does, or this node's part in it.
 async fn over(sheep: &Arc<Sheep>, epoch: Epoch) {
     loop {
         let view = sheep.views.load();
-        if view.epoch != epoch {
+        if view.epoch != epoch || view.status == ClusterStatus::Killed {
             return;
         }
         sheep.views.changed_from(&view).await;
@@ -164,7 +167,7 @@ async fn attempts(
     let mut pause = BACKOFF.0;
     loop {
         let view = sheep.views.load();
-        if view.epoch != epoch {
+        if view.epoch != epoch || view.status == ClusterStatus::Killed {
             return Err(ResultCode::OLD_NODE_VER.into());
         }
         let kept = sheep.redundancy(oid.vid(), &view);

@@ -63,7 +63,7 @@ async fn settle(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result
         settle::judge(sheep, body.oid, Epoch(body.serial), &ids, request.epoch).await?;
     } else {
         let reporter = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
-        settle::lead(sheep, body.oid, body.regions, reporter, request.epoch).await?;
+        settle::lead_for(sheep, body.oid, body.regions, reporter, request.epoch).await?;
     }
     Ok(OrderResponse::zeroed())
 }

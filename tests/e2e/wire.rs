@@ -191,18 +191,29 @@ fn gateway_and_peer_exchanges_are_answered_as_the_original_answered_them() {
         };
         let raw: [u8; 48] = unhex(header).try_into().expect("48 bytes");
         let at_home = peer.is_some() || name == "peer_read";
-        let client = if at_home {
-            let (_, client) = peer.get_or_insert_with(|| {
+        if at_home {
+            peer.get_or_insert_with(|| {
                 let inode = cluster.holders(Oid::inode(vid));
                 let both =
                     cluster.holders(data).into_iter().find(|i| inode.contains(i)).expect("a common home");
                 (both, cluster.nodes[both].client())
             });
-            client
-        } else {
-            &mut gateway
+        }
+        let sent = [raw.as_slice(), &sent_payload(case)].concat();
+        if name == "peer_write" {
+            // To all homes, as a gateway does: what is on one only does not outlive the epoch.
+            let first = peer.as_ref().expect("a home").0;
+            for other in cluster.holders(data).into_iter().filter(|i| *i != first) {
+                let mut client = cluster.nodes[other].client();
+                client.send_bytes(&sent).expect("sending");
+                assert_eq!(client.receive().expect("answer").0.result, ResultCode::SUCCESS);
+            }
+        }
+        let client = match (&mut peer, at_home) {
+            (Some((_, client)), true) => client,
+            _ => &mut gateway,
         };
-        client.send_bytes(&[raw.as_slice(), &sent_payload(case)].concat()).expect("sending");
+        client.send_bytes(&sent).expect("sending");
         let Some(expected) = case["response_header"].as_str() else {
             client.set_timeout(Duration::from_secs(2)).expect("timeout");
             let error = client.receive().expect_err("a request of a later epoch waits");

@@ -105,16 +105,17 @@ pub async fn fish(_context: &Context) -> Outcome {
     print(&fish_script(&places()))
 }
 
-/// POSIX shell: `_dog_lookup PATH` sets `words`, `options` and `vdi`; it fails for what is no path.
+/// POSIX shell: `_dog_lookup PATH` sets `offers`, `options` and `vdi`; it fails for what is no
+/// path. No variable is called `words` or `path`: in zsh these are the command line and the search path.
 fn lookup(places: &[Place]) -> String {
-    let mut text = String::from("_dog_lookup() {\n    words='' options='' vdi=''\n    case $1 in\n");
+    let mut text = String::from("_dog_lookup() {\n    offers='' options='' vdi=''\n    case $1 in\n");
     for place in places {
         let words: Vec<&str> = place.words.iter().map(|(word, _)| *word).collect();
         let options: Vec<String> = place.options.iter().map(|(long, _)| format!("--{long}")).collect();
         let vdi = if place.takes_vdi { " vdi=1" } else { "" };
         let _ = writeln!(
             text,
-            "    '{}') words='{}' options='{}'{vdi} ;;",
+            "    '{}') offers='{}' options='{}'{vdi} ;;",
             place.path,
             words.join(" "),
             options.join(" ")
@@ -123,19 +124,19 @@ fn lookup(places: &[Place]) -> String {
     text + "    *) return 1 ;;\n    esac\n}\n"
 }
 
-/// Common to bash and zsh: walks the words before the cursor. Sets `path`, and `address`, the options for `dog`.
+/// Common to bash and zsh: walks the words before the cursor. Sets `place`, and `address`, the options for `dog`.
 const WALK: &str = "\
 _dog_walk() {
-    local word next before='' words options vdi
-    path='' address=() operands=0
+    local word next before='' offers options vdi
+    place='' address=() operands=0
     for word in \"$@\"; do
         case $before in
             -a | --address | -p | --port) address+=(\"$before\" \"$word\"); before=''; continue ;;
         esac
         before=$word
         case $word in -*) continue ;; esac
-        next=\"${path:+$path }$word\"
-        if [ $operands = 0 ] && _dog_lookup \"$next\"; then path=$next; else operands=$((operands + 1)); fi
+        next=\"${place:+$place }$word\"
+        if [ $operands = 0 ] && _dog_lookup \"$next\"; then place=$next; else operands=$((operands + 1)); fi
     done
 }
 _dog_vdis() {
@@ -148,10 +149,10 @@ fn bash_script(places: &[Place]) -> String {
         "# bash completion for dog; source it, or put it into /usr/share/bash-completion/completions/dog\n";
     let tail = "\
 _dog() {
-    local words options vdi path operands address candidates cur=${COMP_WORDS[COMP_CWORD]}
+    local offers options vdi place operands address candidates cur=${COMP_WORDS[COMP_CWORD]}
     _dog_walk \"${COMP_WORDS[@]:1:COMP_CWORD-1}\"
-    _dog_lookup \"$path\"
-    candidates=$words
+    _dog_lookup \"$place\"
+    candidates=$offers
     case $cur in -*) candidates=$options ;; esac
     if [ -n \"$vdi\" ] && [ $operands = 0 ] && [ \"${cur#-}\" = \"$cur\" ]; then
         candidates=$(_dog_vdis \"${address[@]}\")
@@ -175,17 +176,16 @@ fn zsh_script(places: &[Place]) -> String {
     let tail = "\
 _dog_main() {
     local -a line address rows
-    local cur=$words[CURRENT] path operands vdi options
+    local cur=$words[CURRENT] place operands vdi options offers
     line=(\"${(@)words[2,CURRENT-1]}\")
-    local words
     _dog_walk \"${line[@]}\"
-    _dog_lookup \"$path\"
+    _dog_lookup \"$place\"
     if [[ $cur == -* ]]; then
         compadd -- ${=options}
     elif [[ -n $vdi && $operands = 0 ]]; then
         compadd -- ${(f)\"$(_dog_vdis \"${address[@]}\")\"}
-    elif [[ -n $words ]]; then
-        _dog_describe \"$path\"
+    elif [[ -n $offers ]]; then
+        _dog_describe \"$place\"
         _describe 'command' rows
     else
         _files

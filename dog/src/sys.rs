@@ -45,11 +45,16 @@ pub fn local_time(seconds: u64) -> LocalTime {
 
 /// Columns of the terminal on stdout; `None` if it is not a terminal.
 pub fn terminal_width() -> Option<usize> {
+    terminal_size().map(|(columns, _)| columns)
+}
+
+/// Columns and lines of the terminal on stdout; `None` if it is not a terminal.
+pub fn terminal_size() -> Option<(usize, usize)> {
     let mut size = MaybeUninit::<libc::winsize>::zeroed();
     // SAFETY: TIOCGWINSZ writes one `winsize` to the pointer, which is valid; all-zero is a valid value.
     let (status, size) = unsafe {
         let status = libc::ioctl(std::io::stdout().as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr());
         (status, size.assume_init())
     };
-    (status == 0).then_some(size.ws_col.into())
+    (status == 0).then_some((size.ws_col.into(), size.ws_row.into()))
 }

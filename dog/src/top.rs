@@ -273,14 +273,16 @@ impl Screen {
             out::flush();
             return;
         }
-        let width = crate::sys::terminal_width().unwrap_or(80);
-        let mut frame = String::from("\x1b[H");
-        for line in lines {
-            frame.extend(line.chars().take(width));
-            frame.push_str("\x1b[K\r\n");
-        }
-        out::write((frame + "\x1b[J").as_bytes());
+        let (width, height) = crate::sys::terminal_size().unwrap_or((80, 24));
+        out::write(frame(lines, width, height).as_bytes());
     }
+}
+
+/// What draws the lines that fit. No line ends with a line feed on the last row: it would scroll the first one away.
+fn frame(lines: &[String], width: usize, height: usize) -> String {
+    let cut = |line: &String| line.chars().take(width).collect::<String>();
+    let shown: Vec<String> = lines.iter().take(height).map(cut).collect();
+    format!("\x1b[H{}\x1b[K\x1b[J", shown.join("\x1b[K\r\n"))
 }
 
 impl Drop for Screen {
@@ -353,5 +355,12 @@ mod tests {
         let new = SdStat { gway_total_nr: 7, ..SdStat::zeroed() };
         assert_eq!(Rates::between(&old, &new, 1.0).requests, 7);
         assert_eq!(Rates::between(&new, &old, 0.0), Rates::default());
+    }
+
+    #[test]
+    fn a_frame_fits_the_screen_and_does_not_scroll_it() {
+        let lines = ["first", "second", "third"].map(String::from);
+        assert_eq!(frame(&lines, 4, 2), "\x1b[Hfirs\x1b[K\r\nseco\x1b[K\x1b[J");
+        assert_eq!(frame(&lines[..1], 80, 24), "\x1b[Hfirst\x1b[K\x1b[J");
     }
 }

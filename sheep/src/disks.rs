@@ -86,7 +86,7 @@ pub async fn plug(sheep: &Arc<Sheep>, payload: &[u8]) -> ResultCode {
         return ResultCode::UNKNOWN;
     }
     lines.iter().for_each(|line| tracing::info!("{line}"));
-    sheep.cluster.send(Command::Rebuild { lost: false });
+    sheep.cluster.send(Command::Rebuild);
     tokio::spawn(tidy(sheep.clone()));
     ResultCode::SUCCESS
 }
@@ -156,7 +156,7 @@ fn released(sheep: &Sheep, disk: &Released) {
         return;
     }
     tracing::error!("unplugged {}: {} files on it could not be read", disk.path.display(), disk.lost);
-    sheep.cluster.send(Command::Rebuild { lost: true });
+    sheep.cluster.send(Command::Rebuild);
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::history::History;
 use crate::holds::Holds;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
+use crate::recovery::tombstones::Tombstones;
 use crate::stats::Stats;
 use crate::vdi::table::{Redundancy, VdiTable};
 use crate::view::{View, Views};
@@ -45,7 +46,9 @@ pub struct Sheep {
     /// Objects whose replica here must not change right now.
     pub holds: Holds,
     /// Since when this store knows what it had.
-    pub history: History,
+    pub history: Arc<History>,
+    /// Objects removed here.
+    pub tombstones: Tombstones,
     /// The changing of this node's disks.
     pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.

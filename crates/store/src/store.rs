@@ -69,6 +69,9 @@ pub struct StoreOptions {
     pub open_objects: Option<usize>,
     /// See [`WriteHook`].
     pub write_hook: Option<Arc<dyn WriteHook>>,
+    /// Called before a failed disk is taken out of service, while its objects still count as present; on any thread, perhaps
+    /// more than once.
+    pub before_disk_loss: Option<Arc<dyn Fn() + Send + Sync>>,
     /// Called once for each disk taken out of service after errors, on any thread; must not block.
     pub on_disk_failure: Option<Arc<dyn Fn(DiskFailure) + Send + Sync>>,
     /// File that records the disks removed while others served on, e.g. `META/removed_disks`. A recorded disk that is

@@ -78,6 +78,11 @@ pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFut
                 reply.response = reply.response.with_hash(HashResponse { digest });
                 reply
             }
+            Err(ResultCode::NO_OBJ) => {
+                let mut reply = result(&request, ResultCode::NO_OBJ);
+                reply.response = sheep.tombstones.mark(request.obj().oid, reply.response);
+                reply
+            }
             Err(code) => result(&request, code),
         }
     })

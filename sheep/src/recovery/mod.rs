@@ -8,6 +8,7 @@
 pub mod object;
 pub mod round;
 pub mod strip;
+pub mod tombstones;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -120,11 +121,12 @@ impl Recovery {
     }
 
     /// Begins a round, which replaces the running one: requests wait for absent objects from here on. A round that owed
-    /// the cluster an announcement hands the duty on. It runs after [`Recovery::launch`].
+    /// the cluster an announcement hands the duty on, one that was to search everywhere (`-W`) the task. It runs after [`Recovery::launch`].
     pub fn begin(&self, mut round: Round) {
         let mut current = self.current.lock();
         if let Some(previous) = current.take() {
             round.announce |= previous.round.announce;
+            round.wildcard |= previous.round.wildcard;
             previous.replace();
         }
         *current = Some(Arc::new(Active {

@@ -47,6 +47,7 @@ impl Disks {
             state: RECOVERY_OBJECTS,
             nr_finished: finished,
             nr_total: total,
+            ..RecoveryState::zeroed()
         })
     }
 }

@@ -68,6 +68,8 @@ pub struct Region {
     pub violations: Vec<String>,
     /// Longest time from a request to its answer.
     pub slowest: Duration,
+    /// Times of the writes that were acknowledged, in order.
+    pub latencies: Vec<Duration>,
 }
 
 impl Region {
@@ -90,6 +92,7 @@ impl Region {
                 errors: Vec::new(),
                 violations: Vec::new(),
                 slowest: Duration::ZERO,
+                latencies: Vec::new(),
             })
             .collect())
     }
@@ -110,10 +113,12 @@ impl Region {
         }
         let started = Instant::now();
         let result = self.vdi.write(client, self.offset(slot), &data);
-        self.slowest = self.slowest.max(started.elapsed());
+        let took = started.elapsed();
+        self.slowest = self.slowest.max(took);
         match result {
             Ok(()) => {
                 self.acknowledged += 1;
+                self.latencies.push(took);
                 for s in slots {
                     self.candidates[s as usize] = vec![version];
                 }
@@ -299,6 +304,8 @@ pub struct Summary {
     pub unsure_slots: usize,
     /// Longest operation.
     pub slowest: Duration,
+    /// Times of acknowledged writes, ascending.
+    pub latencies: Vec<Duration>,
     /// Error results seen.
     pub errors: Vec<String>,
     /// Impossible contents seen while running.
@@ -314,10 +321,18 @@ impl Summary {
             sum.unknown += r.unknown;
             sum.unsure_slots += r.unknown_ranges().len();
             sum.slowest = sum.slowest.max(r.slowest);
+            sum.latencies.extend(&r.latencies);
             sum.errors.extend(r.errors.iter().cloned());
             sum.violations.extend(r.violations.iter().cloned());
         }
+        sum.latencies.sort_unstable();
         sum
+    }
+
+    /// The time within which this share (0.99) of the acknowledged writes were done.
+    pub fn percentile(&self, share: f64) -> Duration {
+        let last = self.latencies.len().saturating_sub(1);
+        self.latencies.get((last as f64 * share) as usize).copied().unwrap_or_default()
     }
 }
 

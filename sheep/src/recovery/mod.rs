@@ -38,6 +38,8 @@ pub struct Active {
     pub work: Mutex<Pending>,
     /// Something was added to the work, or recovery was enabled.
     pub wake: Notify,
+    /// Only what requests ask for is recovered: the rest has no room (`-F`).
+    pub held: AtomicBool,
     finished: AtomicU64,
 }
 
@@ -56,6 +58,10 @@ pub struct Pending {
     pub urgent: VecDeque<Oid>,
     /// Failed in this pass; tried again in the next.
     pub failed: Vec<Oid>,
+    /// Not to be had when last tried.
+    pub unfound: HashSet<Oid>,
+    /// Why, for one of them.
+    pub reason: String,
     /// Done although the list is not there yet.
     done_early: HashSet<Oid>,
     waiters: HashMap<Oid, Vec<oneshot::Sender<()>>>,
@@ -65,6 +71,7 @@ impl Active {
     /// Marks an object as done and wakes who waits for it.
     pub fn done(&self, oid: Oid) {
         let mut work = self.work.lock();
+        work.unfound.remove(&oid);
         if work.todo.remove(&oid) {
             self.finished.fetch_add(1, Ordering::Relaxed);
         }
@@ -134,6 +141,7 @@ impl Recovery {
             replaced: AtomicBool::new(false),
             work: Mutex::default(),
             wake: Notify::new(),
+            held: AtomicBool::new(false),
             finished: AtomicU64::new(0),
         }));
         *self.begun.lock() = Some(round);
@@ -186,6 +194,7 @@ impl Recovery {
         let work = active.work.lock();
         RecoveryState {
             in_recovery: 1,
+            nr_unfound: u16::try_from(work.unfound.len()).unwrap_or(u16::MAX),
             state: if work.listed { RECOVERY_OBJECTS } else { RECOVERY_PREPARE },
             nr_finished: active.finished.load(Ordering::Relaxed),
             nr_total: work.total,
@@ -275,6 +284,9 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedR
             continue;
         }
         tracing::info!("recovering epoch {}", round.epoch);
+        if round.wildcard {
+            tracing::info!("starting wild card recovery, objects will be searched from all nodes");
+        }
         let complete = round::run(&sheep, &worker, &active).await;
         if !complete {
             continue;

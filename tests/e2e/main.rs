@@ -12,6 +12,7 @@ mod life;
 mod locks;
 mod nbd;
 mod restart;
+mod returning;
 mod safety;
 mod scenarios;
 mod stalls;

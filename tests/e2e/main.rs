@@ -11,6 +11,7 @@ mod epochs;
 mod life;
 mod locks;
 mod nbd;
+mod recovery;
 mod restart;
 mod returning;
 mod safety;

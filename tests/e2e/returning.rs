@@ -105,17 +105,19 @@ fn an_old_version_is_never_taken_while_the_newest_is_away() {
 /// them, and return with the nodes, although they are at home elsewhere by then.
 #[test]
 fn objects_whose_homes_all_died_come_back_with_them() {
-    let mut cluster = Builder::new(6).copies(2).start();
-    assert_eq!(cluster.stop(5), Some(0));
+    let mut cluster = Builder::new(7).copies(2).start();
+    for spare in 4..7 {
+        assert_eq!(cluster.stop(spare), Some(0));
+    }
     cluster.wait_gathered();
-    let vdi = filled(&mut cluster, "pairs", 40, 7);
+    let vdi = filled(&mut cluster, "pairs", 60, 7);
     let mut client = cluster.client();
-    for block in 0..40 {
+    for block in 0..60 {
         client.write_obj(Oid::data(vdi.vid(), block), 0, &[8; 4096]).expect("write").ok().expect("written");
     }
-    let homes: Vec<Vec<usize>> = (0..40).map(|block| cluster.homes(Oid::data(vdi.vid(), block), 2)).collect();
+    let homes: Vec<Vec<usize>> = (0..60).map(|block| cluster.homes(Oid::data(vdi.vid(), block), 2)).collect();
     let (a, b) = (homes[0][0], homes[0][1]);
-    let lost: Vec<usize> = (0..40).filter(|i| homes[*i].contains(&a) && homes[*i].contains(&b)).collect();
+    let lost: Vec<usize> = (0..60).filter(|i| homes[*i].contains(&a) && homes[*i].contains(&b)).collect();
     kill_both(&mut cluster, a, b);
     cluster.wait_gathered();
     for block in &lost {
@@ -124,15 +126,18 @@ fn objects_whose_homes_all_died_come_back_with_them() {
         assert_eq!(result, ResultCode::NO_OBJ, "block {block} has no home any more");
     }
     // New homes, that never saw the objects, and another epoch in which everybody has everything.
-    cluster.start(5);
+    for spare in 4..7 {
+        cluster.start(spare);
+    }
+    cluster.wait_members(5);
     cluster.wait_gathered();
     cluster.start(a);
-    cluster.wait_members(5);
+    cluster.wait_members(6);
     cluster.start(b);
     cluster.wait_gathered();
-    assert_everywhere(&mut cluster, vdi.vid(), 40, 8);
+    assert_everywhere(&mut cluster, vdi.vid(), 60, 8);
     cluster.assert_replicas_equal(2);
-    wait("stale copies to go", || (0..6).all(|i| cluster.nodes[i].stale_files().is_empty()));
+    wait("stale copies to go", || (0..7).all(|i| cluster.nodes[i].stale_files().is_empty()));
 }
 
 fn data_files(cluster: &Cluster, vid: VdiId) -> Vec<(usize, Oid)> {

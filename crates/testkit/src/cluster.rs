@@ -28,6 +28,7 @@ pub struct Builder {
     zones: Option<Vec<u32>>,
     ports: Option<Vec<u16>>,
     disks: usize,
+    disk_size: Option<u64>,
     args: Vec<String>,
     node_args: Vec<(usize, String)>,
     format: Option<ClusterRequest>,
@@ -69,6 +70,7 @@ impl Builder {
             zones: None,
             ports: None,
             disks: 0,
+            disk_size: None,
             args: Vec::new(),
             node_args: Vec::new(),
             format: Some(format),
@@ -98,6 +100,12 @@ impl Builder {
     /// Object directories per node besides the metadata directory.
     pub fn disks(mut self, disks: usize) -> Builder {
         self.disks = disks;
+        self
+    }
+
+    /// Bytes of space that each of these directories counts for; default: what is free.
+    pub fn disk_size(mut self, bytes: u64) -> Builder {
+        self.disk_size = Some(bytes);
         self
     }
 
@@ -202,6 +210,10 @@ impl Builder {
         let disks: Vec<PathBuf> = (0..self.disks).map(|d| root.join(format!("n{index}-d{d}"))).collect();
         for disk in &disks {
             std::fs::create_dir_all(disk).unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+            if let Some(bytes) = self.disk_size {
+                let set = xattr::set(disk, "user.md.size", &bytes.to_le_bytes());
+                set.unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+            }
         }
         let mut args: Vec<String> =
             ["-f", "-b", "127.0.0.1", "-y", "127.0.0.1", "-c"].iter().map(|s| s.to_string()).collect();

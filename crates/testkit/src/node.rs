@@ -119,6 +119,11 @@ impl Node {
         self.exit.unwrap_or_else(|| panic!("node {} was never started", self.index))
     }
 
+    /// Arguments of the next start.
+    pub fn args_mut(&mut self) -> &mut Vec<String> {
+        &mut self.args
+    }
+
     /// Sends a signal to the running process.
     pub fn signal(&self, signal: Signal) {
         let pid = self.pid().unwrap_or_else(|| panic!("node {} does not run", self.index));

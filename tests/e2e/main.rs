@@ -4,6 +4,7 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod coded;
 mod disks;
 mod dog_extras;
 mod durability;
@@ -16,6 +17,7 @@ mod restart;
 mod returning;
 mod safety;
 mod scenarios;
+mod sick_disks;
 mod stalls;
 mod tree;
 mod vdi;

@@ -343,8 +343,10 @@ fn objects_follow_fixed_weights_zones_and_gateways() {
         .zones(&[1, 1, 2, 3, 4])
         .gateway(4)
         .flags(ClusterFlags::NONE)
-        .arg("-V")
-        .arg("64")
+        .node_arg(0, "-V64")
+        .node_arg(1, "-V64")
+        .node_arg(2, "-V64")
+        .node_arg(3, "-V64")
         .start();
     let vdi = filled(&mut cluster, "weighted", 40);
     let share = |cluster: &Cluster, node: usize| {

@@ -448,6 +448,12 @@ impl Store {
         self.inner.options.sync
     }
 
+    /// Length of the working file in bytes; none if there is none or it cannot be told.
+    pub fn file_len(&self, replica: Replica) -> Option<u64> {
+        let disk = self.inner.locate(replica).ok()?;
+        disk.file(replica).metadata().ok().filter(|m| m.is_file()).map(|m| m.len())
+    }
+
     /// Whether the working file exists.
     pub fn exists(&self, replica: Replica) -> bool {
         let mut looked_on = None;

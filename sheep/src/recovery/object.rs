@@ -23,7 +23,9 @@ use super::tombstones::marked;
 use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::code_of;
 use crate::gateway::object::is_coded;
+use crate::ops::objects::repair;
 use crate::sheep::Sheep;
+use crate::view::View;
 
 /// Deadline of a copy from another node.
 pub const COPY_DEADLINE: Duration = Duration::from_secs(30);
@@ -58,10 +60,16 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
         return Recovered::Replaced;
     }
     let Some((replica, size)) = sheep.my_replica(oid, &view) else { return Recovered::Nowhere };
+    let redundancy = sheep.redundancy(oid.vid(), &view);
     if store.exists(replica) {
+        let damaged = oid.is_data()
+            && !is_coded(oid, &redundancy)
+            && store.file_len(replica).is_some_and(|len| len < size);
+        if damaged {
+            mend(sheep, &view, oid, redundancy.copies).await;
+        }
         return Recovered::Here;
     }
-    let redundancy = sheep.redundancy(oid.vid(), &view);
     if is_coded(oid, &redundancy) {
         return match code_of(redundancy.policy) {
             Ok(code) => super::strip::recover(sheep, active, store, replica, code, size).await,
@@ -88,6 +96,16 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
         }
         epoch = Epoch(epoch.0 - 1);
         nodes = epoch_log(sheep, epoch).await.map(|log| log.nodes);
+    }
+}
+
+/// A data object whose file was cut off (files are created at their full length) gets the content of another home.
+async fn mend(sheep: &Arc<Sheep>, view: &View, oid: Oid, copies: u8) {
+    for home in view.ring.nodes_of(oid, copies.into()).filter(|n| n.nid != sheep.me) {
+        match repair(sheep, oid, home.nid).await {
+            Ok(()) => return tracing::warn!("{oid} was cut off, restored from {}", home.nid),
+            Err(code) => tracing::warn!("{oid} is cut off, {} cannot help: {code}", home.nid),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod disks;
 mod dog_extras;
 mod durability;
 mod epochs;
+mod faults;
 mod life;
 mod locks;
 mod nbd;

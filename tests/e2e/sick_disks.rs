@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sheepdog_proto::admin::{MD_INFO_LEN, MdInfo, decode_md_info};
 use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::binaries::system;
-use sheepdog_testkit::disk::object_files;
+use sheepdog_testkit::disk::{object_files, set_size};
 use sheepdog_testkit::load::{Load, Region, Summary};
 use sheepdog_testkit::{Builder, Cluster, in_own_mounts, wait};
 
@@ -33,13 +33,8 @@ fn mount(args: &[&str], at: &Path) {
 fn small_disk(cluster: &mut Cluster, node: usize, mega: u64, space: u64) {
     let disk = cluster.nodes[node].disks[0].clone();
     mount(&["-t", "tmpfs", "-o", &format!("size={mega}m"), "tmpfs"], &disk);
-    let set = Command::new(system("setfattr", "attr"))
-        .args(["-n", "user.md.size", "-v"])
-        .arg(format!("0x{}", space.to_le_bytes().map(|b| format!("{b:02x}")).concat()))
-        .arg(&disk)
-        .status()
-        .expect("setfattr");
-    assert!(set.success(), "a tmpfs with user attributes (Linux 6.6)");
+    // A tmpfs has user attributes since Linux 6.6.
+    set_size(&disk, space);
 }
 
 fn disks(cluster: &Cluster, node: usize) -> Vec<MdInfo> {
@@ -165,7 +160,7 @@ fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
     if in_own_mounts("sick_disks::a_disk_whose_file_system_fails_is_replaced_by_the_others") {
         return;
     }
-    let mut cluster = Builder::new(3).disks(2).copies(2).start();
+    let mut cluster = Builder::new(3).disks(2).copies(2).disk_size(1 << 30).start();
     let image = cluster.dir().join("image");
     fs::File::create(&image).and_then(|f| f.set_len(256 << 20)).expect("an image");
     let image = image.display().to_string();
@@ -179,6 +174,7 @@ fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
         return;
     }
     fs::remove_dir(disk.join("lost+found")).expect("rmdir");
+    cluster.nodes[1].disks.iter().for_each(|disk| set_size(disk, 1 << 30));
     cluster.start(1);
     cluster.wait_gathered();
     lose_under_load(&mut cluster, |disk| mount(&["-o", "remount,abort"], disk));

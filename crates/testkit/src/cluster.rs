@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::binaries;
 use crate::client::Client;
+use crate::disk::set_size;
 use crate::node::{Node, Output};
 use crate::ports::Ports;
 use crate::wait::{DEADLINE, wait, wait_for};
@@ -211,8 +212,7 @@ impl Builder {
         for disk in &disks {
             std::fs::create_dir_all(disk).unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
             if let Some(bytes) = self.disk_size {
-                let set = xattr::set(disk, "user.md.size", &bytes.to_le_bytes());
-                set.unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+                set_size(disk, bytes);
             }
         }
         let mut args: Vec<String> =

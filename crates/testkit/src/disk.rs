@@ -53,6 +53,12 @@ pub fn object_files(disk: &Path) -> Vec<(Oid, PathBuf)> {
     files
 }
 
+/// Sets how many bytes of space a directory counts for as a disk.
+pub fn set_size(disk: &Path, bytes: u64) {
+    let set = xattr::set(disk, "user.md.size", &bytes.to_le_bytes());
+    set.unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+}
+
 fn is_allocated(file: &File) -> bool {
     file.metadata().map_or(true, |m| m.blocks() > 0)
 }

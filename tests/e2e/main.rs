@@ -20,6 +20,7 @@ mod safety;
 mod scenarios;
 mod sick_disks;
 mod stalls;
+mod torture;
 mod tree;
 mod vdi;
 mod vdi_load;

@@ -326,7 +326,7 @@ mod tests {
     fn sampled(time: Instant, stat: SdStat) -> Sample {
         let nid = NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7000);
         let node = NodeRecord { nid, zone: 3, ..NodeRecord::zeroed() };
-        let recovery = RecoveryState { in_recovery: 1, state: 1, nr_finished: 1, nr_total: 4 };
+        let recovery = RecoveryState { in_recovery: 1, state: 1, nr_finished: 1, nr_total: 4, nr_unfound: 0 };
         let state = NodeState { size: 100 << 30, free: 75 << 30, stat, recovery };
         let silent = NodeRecord { nid: NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7001), ..node };
         let nodes = vec![(node, Some(state)), (silent, None)];

@@ -95,6 +95,8 @@ wire! {
     RecoveryState [24] {
         /// 1 = a round is active.
         0 => in_recovery: u8,
+        /// Objects, at most 65,535, that are not to be had now. Padding in the original: it says 0.
+        2 => nr_unfound: u16,
         /// Phase.
         4 => state: u32,
         /// Objects done.

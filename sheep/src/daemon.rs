@@ -1,10 +1,11 @@
 //! The life of the daemon: from the command line to the exit status (spec 04, section 17).
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sheepdog_cluster::Driver;
 use sheepdog_proto::admin::RecoveryThrottling;
+use sheepdog_proto::config::StoreConfig;
 use sheepdog_proto::{ClusterInfo, ClusterStatus, NodeId, Opcode, Request};
 use sheepdog_store::{DiskFailure, MetaDir};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,6 +22,7 @@ use crate::history::History;
 use crate::holds::Holds;
 use crate::intents::Intents;
 use crate::peers::Peers;
+use crate::recovery::tombstones::Tombstones;
 use crate::recovery::{self, Recovery};
 use crate::server::Server;
 use crate::sheep::{Outstanding, Sheep};
@@ -101,17 +103,32 @@ async fn serve(
     let text = |e: start::StartError| e.to_string();
     let (handle, commands) = ClusterHandle::new();
     let mut config = start::configuration(&meta, options).map_err(text)?;
+    let history = Arc::new(OnceLock::new());
     let opened = if options.gateway {
         None
     } else {
-        let failed = disk_failure_handler(handle.clone());
+        let events = start::DiskEvents {
+            before_loss: loss_handler(history.clone()),
+            failed: disk_failure_handler(handle.clone()),
+        };
         Some(
-            tokio::task::block_in_place(|| start::open_store(&meta, options, &config, failed))
+            tokio::task::block_in_place(|| start::open_store(&meta, options, &config, events))
                 .map_err(text)?,
         )
     };
+    if meta.is_formatting() {
+        if let Some(opened) = &opened {
+            opened.store.format(opened.store.layout()).await.map_err(|e| e.to_string())?;
+        }
+        config = StoreConfig { version: config.version, ..StoreConfig::default() };
+        meta.write_config(&config).and_then(|()| meta.end_format()).map_err(|e| e.to_string())?;
+        tracing::warn!("a format was interrupted; this node is empty now and belongs to no cluster");
+    }
+    let latest = meta.latest_epoch().map_err(|e| e.to_string())?;
+    let incomplete = opened.as_ref().is_some_and(|o| o.incomplete);
+    let history = history.get_or_init(|| Arc::new(History::open(meta.path(), latest, incomplete))).clone();
     if let Some(opened) = &opened {
-        if opened.incomplete {
+        if incomplete {
             // Also after an orderly shutdown there is something to recover.
             config.shutdown = 0;
         }
@@ -140,7 +157,7 @@ async fn serve(
     let state = start::state(&meta, options, start::record(options, me, config.space), config);
     let state = state.map_err(|e| format!("{e}\nfailed to create sheepdog cluster"))?;
 
-    let (parts, sheep) = assemble(options, &meta, handle, &state, opened);
+    let (parts, sheep) = assemble(options, &meta, handle, &state, opened, history);
     if let Some(lease) = driver.lease() {
         sheep.gate.require(lease);
     }
@@ -196,6 +213,16 @@ async fn serve(
     Ok(code)
 }
 
+/// A disk is about to be lost: before anybody can be told that its objects are not here, this node stops claiming to know
+/// what it had. Before the history is open nobody is told anything.
+fn loss_handler(history: Arc<OnceLock<Arc<History>>>) -> Arc<dyn Fn() + Send + Sync> {
+    Arc::new(move || {
+        if let Some(history) = history.get() {
+            history.lose();
+        }
+    })
+}
+
 /// A failed disk: the last one takes the node out of the cluster, any other one costs a round of recovery.
 fn disk_failure_handler(handle: ClusterHandle) -> Arc<dyn Fn(DiskFailure) + Send + Sync> {
     Arc::new(move |failure| {
@@ -205,7 +232,7 @@ fn disk_failure_handler(handle: ClusterHandle) -> Arc<dyn Fn(DiskFailure) + Send
             handle.leave();
             handle.kill();
         } else {
-            handle.send(Command::Rebuild { lost: true });
+            handle.send(Command::Rebuild);
         }
     })
 }
@@ -252,8 +279,8 @@ fn assemble(
     cluster: ClusterHandle,
     state: &State,
     opened: Option<start::OpenStore>,
+    history: Arc<History>,
 ) -> (Parts, Arc<Sheep>) {
-    let incomplete = opened.as_ref().is_some_and(|o| o.incomplete);
     let throttle = options.recovery.map(|r| RecoveryThrottling {
         max_exec_count: r.max,
         queue_work_interval: r.interval_ms,
@@ -279,7 +306,8 @@ fn assemble(
         cluster,
         recovery,
         holds: Holds::default(),
-        history: History::open(meta.path(), state.epoch(), incomplete),
+        history,
+        tombstones: Tombstones::open(meta.path()),
         disks: Disks::default(),
         tables: watch::Sender::new(true),
         stats: Stats::default(),

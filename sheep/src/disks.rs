@@ -47,6 +47,7 @@ impl Disks {
             state: RECOVERY_OBJECTS,
             nr_finished: finished,
             nr_total: total,
+            ..RecoveryState::zeroed()
         })
     }
 }
@@ -86,7 +87,7 @@ pub async fn plug(sheep: &Arc<Sheep>, payload: &[u8]) -> ResultCode {
         return ResultCode::UNKNOWN;
     }
     lines.iter().for_each(|line| tracing::info!("{line}"));
-    sheep.cluster.send(Command::Rebuild { lost: false });
+    sheep.cluster.send(Command::Rebuild);
     tokio::spawn(tidy(sheep.clone()));
     ResultCode::SUCCESS
 }
@@ -156,7 +157,7 @@ fn released(sheep: &Sheep, disk: &Released) {
         return;
     }
     tracing::error!("unplugged {}: {} files on it could not be read", disk.path.display(), disk.lost);
-    sheep.cluster.send(Command::Rebuild { lost: true });
+    sheep.cluster.send(Command::Rebuild);
 }
 
 #[cfg(test)]

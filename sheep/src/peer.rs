@@ -171,6 +171,10 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
             },
             data,
         },
+        Err(ResultCode::NO_OBJ) if request.flags.contains(Flags::RECOVERY) => {
+            let none = Response::to(request, ResultCode::NO_OBJ);
+            Reply::empty(sheep.tombstones.mark(request.obj().oid, none))
+        }
         Err(result) => failed(request, result),
     }
 }
@@ -256,6 +260,7 @@ async fn remove(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode>
     let (view, _pass) = admit_write(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
+    sheep.tombstones.add(body.oid, view.epoch);
     store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))
 }
 

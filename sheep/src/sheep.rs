@@ -17,6 +17,7 @@ use crate::holds::Holds;
 use crate::intents::Intents;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
+use crate::recovery::tombstones::Tombstones;
 use crate::stats::Stats;
 use crate::vdi::table::{Redundancy, VdiTable};
 use crate::view::{View, Views};
@@ -48,7 +49,9 @@ pub struct Sheep {
     /// Writes that may be on some homes only.
     pub intents: Intents,
     /// Since when this store knows what it had.
-    pub history: History,
+    pub history: Arc<History>,
+    /// Objects removed here.
+    pub tombstones: Tombstones,
     /// The changing of this node's disks.
     pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.

@@ -60,6 +60,11 @@ fn backup_stamp() -> String {
 /// Reads and checks the configuration; an older or newer store is refused before anything is touched.
 pub fn configuration(meta: &MetaDir, options: &Options) -> Result<StoreConfig, StartError> {
     let auto = options.vnodes.is_none();
+    if meta.is_formatting() {
+        // Whatever the configuration says: the caller empties the store.
+        meta.remove_epochs(meta.latest_epoch()?)?;
+        return Ok(StoreConfig { version: sheepdog_proto::config::STORE_VERSION, ..StoreConfig::default() });
+    }
     if options.upgrade && meta.upgrade(&backup_stamp(), auto)? {
         tracing::info!("the store of release 0.9 is now one of this release; backups are beside its files");
     }
@@ -87,12 +92,20 @@ pub fn driver(meta: &MetaDir, cluster: &[u8]) -> Result<Option<Layout>, StartErr
     Layout::by_name(&name).map(Some).ok_or(StartError::Driver(name))
 }
 
-/// Opens the disks and reads what is on them. `on_failure` is told of disks that fail later.
+/// Who is told of disks that fail later.
+pub struct DiskEvents {
+    /// Before its objects count as gone.
+    pub before_loss: Arc<dyn Fn() + Send + Sync>,
+    /// Afterwards.
+    pub failed: Arc<dyn Fn(DiskFailure) + Send + Sync>,
+}
+
+/// Opens the disks and reads what is on them.
 pub fn open_store(
     meta: &MetaDir,
     options: &Options,
     config: &StoreConfig,
-    on_failure: Arc<dyn Fn(DiskFailure) + Send + Sync>,
+    events: DiskEvents,
 ) -> Result<OpenStore, StartError> {
     let disks = if options.disks.is_empty() { vec![meta.default_disk()] } else { options.disks.clone() };
     if let Some(foreign) = options.disks.iter().find(|d| MetaDir::is_meta_dir(d)) {
@@ -104,7 +117,8 @@ pub fn open_store(
     let store_options = StoreOptions {
         sync: if options.nosync { SyncMode::NoSync } else { SyncMode::Durable },
         direct_io: options.direct_io,
-        on_disk_failure: Some(on_failure),
+        before_disk_loss: Some(events.before_loss),
+        on_disk_failure: Some(events.failed),
         layout: driver(meta, &config.default_store)?.unwrap_or_default(),
         removed_disks: Some(meta.path().join("removed_disks")),
         protected: vec![meta.path().to_owned(), meta.path().join("epoch")],

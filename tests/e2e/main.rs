@@ -4,19 +4,25 @@
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
 mod bad_input;
+mod coded;
 mod convergence;
 mod disks;
 mod dog_extras;
 mod durability;
 mod epochs;
+mod faults;
 mod life;
 mod locks;
 mod nbd;
 mod order;
+mod recovery;
 mod restart;
+mod returning;
 mod safety;
 mod scenarios;
+mod sick_disks;
 mod stalls;
+mod torture;
 mod tree;
 mod vdi;
 mod vdi_load;

@@ -70,6 +70,11 @@ impl Inner {
 
     /// Takes a disk out of service and reports it, once.
     pub(crate) fn disk_failed(self: &Arc<Inner>, disk: &Arc<Disk>) -> StoreError {
+        if !disk.is_removed()
+            && let Some(before) = &self.options.before_disk_loss
+        {
+            before();
+        }
         let first = self.detach(disk.id);
         let last = self.disks().is_empty();
         if first {

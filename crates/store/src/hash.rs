@@ -21,7 +21,7 @@ const CHUNK: usize = 1 << 20;
 
 impl Store {
     /// SHA-1 of the first `size` bytes (the store size; a short file counts as padded with zeros) of the working file,
-    /// or, if there is none, of the stale file of epoch `stale`. With `cache` (data objects of snapshots, which never
+    /// or, if there is none, of the stale file for epoch `stale` ([`Store::stale_at`]). With `cache` (data objects of snapshots, which never
     /// change) a digest kept in the file's attributes is taken as it is, and stored there after computing it.
     pub async fn hash(
         &self,
@@ -36,6 +36,7 @@ impl Store {
             })
             .await;
         let (Err(StoreError::NoObject), Some(epoch)) = (&of_working, stale) else { return of_working };
+        let epoch = self.stale_at(replica, epoch).ok_or(StoreError::NoObject)?;
         let name = StaleName { replica, epoch };
         self.on_stale(name, move |disk| digest(&disk.stale_file(name), size, cache)).await
     }

@@ -161,6 +161,14 @@ impl Index {
         epochs
     }
 
+    /// The earliest epoch, `epoch` or later, of which a stale file of the replica is kept.
+    pub(crate) fn stale_at(&self, replica: Replica, epoch: Epoch) -> Option<Epoch> {
+        let files = &self.state.read().files;
+        let entry = files.get(&replica.oid).map(Vec::as_slice).unwrap_or_default();
+        let own = entry.iter().filter(|l| l.strip == replica.strip).filter_map(|l| l.epoch);
+        own.filter(|e| !e.is_before(epoch)).min()
+    }
+
     /// Every object with a file of any kind, ascending.
     pub(crate) fn oids(&self) -> Vec<Oid> {
         self.state.read().files.keys().copied().collect()

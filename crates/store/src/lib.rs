@@ -47,7 +47,7 @@ mod worker;
 pub use error::StoreError;
 pub use failure::DiskFailure;
 pub use layout::Layout;
-pub use meta::{MetaDir, MetaError};
+pub use meta::{MetaDir, MetaError, replace_file};
 pub use name::{Replica, StaleName};
 pub use plug::{PlugError, Released, Unplugged};
 pub use relocate::{SettleReport, Stuck};

@@ -19,6 +19,9 @@ use crate::error::strerror;
 /// Cluster flag of stores with disk vnodes, whose node records have another length.
 const FLAG_DISK_MODE: u16 = 0x02;
 
+/// Side file that exists while the store is being formatted.
+const FORMATTING: &str = "formatting";
+
 /// Why the metadata directory cannot be used. Displays as the log line.
 #[derive(Debug, thiserror::Error)]
 pub enum MetaError {
@@ -222,26 +225,49 @@ impl MetaDir {
         Ok((ours.or(theirs), warning))
     }
 
-    /// Replaces a file by way of `<name>.tmp`; under the lock.
+    /// Replaces a file; under the lock.
     fn replace(&self, dir: &Path, name: &str, content: &[u8]) -> Result<()> {
-        let (path, temporary) = (dir.join(name), dir.join(format!("{name}.tmp")));
-        let attempt = || -> io::Result<()> {
-            match fs::remove_file(&temporary) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o660)
-                .custom_flags(libc::O_SYNC)
-                .open(&temporary)?;
-            file.write_all(content)?;
-            fs::rename(&temporary, &path)?;
-            sync_dir(dir)
-        };
-        attempt().map_err(at(&path))
+        replace_file(dir, name, content).map_err(at(&dir.join(name)))
     }
+
+    /// From here to [`MetaDir::end_format`] the objects may belong to the old cluster or the new one, or be gone: a start
+    /// in between ends the format by making the store empty and this node a member of no cluster.
+    pub fn begin_format(&self) -> Result<()> {
+        let _one_at_a_time = self.replacing.lock();
+        self.replace(&self.path, FORMATTING, b"")
+    }
+
+    /// See [`MetaDir::begin_format`].
+    pub fn end_format(&self) -> Result<()> {
+        let path = self.path.join(FORMATTING);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(at(&path)(e)),
+            _ => sync_dir(&self.path).map_err(at(&self.path)),
+        }
+    }
+
+    /// Whether a format was begun and not ended.
+    pub fn is_formatting(&self) -> bool {
+        self.path.join(FORMATTING).exists()
+    }
+}
+
+/// Replaces a file by way of `<name>.tmp`, durably: a crash leaves the old content or the new one. One caller at a time.
+pub fn replace_file(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let (path, temporary) = (dir.join(name), dir.join(format!("{name}.tmp")));
+    match fs::remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o660)
+        .custom_flags(libc::O_SYNC)
+        .open(&temporary)?;
+    file.write_all(content)?;
+    fs::rename(&temporary, &path)?;
+    sync_dir(dir)
 }
 
 fn read_up_to(file: &mut File, buf: &mut [u8]) -> io::Result<usize> {

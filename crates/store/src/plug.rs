@@ -161,6 +161,9 @@ impl Store {
                 tracing::error!("cannot sync {}: {e}", disk.path.display());
                 continue;
             }
+            if let Some(before) = inner.options.before_disk_loss.as_ref().filter(|_| !lost.is_empty()) {
+                before();
+            }
             let gone = inner.change_set(|set| {
                 // Nothing is created on it any more; only a stale file could have been linked or stashed meanwhile.
                 let empty = inner.index.all_on(disk.id, is_lost);

@@ -97,10 +97,10 @@ impl Store {
         }
     }
 
-    /// Reads from the object as it was at the end of `epoch`; only a stale file of exactly that epoch will do.
+    /// Reads from the object as it was at the end of `epoch`, see [`Store::stale_at`].
     pub async fn read_stale(&self, replica: Replica, epoch: Epoch, offset: u64, len: usize) -> Result<Bytes> {
         check_read(offset, len)?;
-        let name = StaleName { replica, epoch };
+        let name = StaleName { replica, epoch: self.stale_at(replica, epoch).ok_or(StoreError::NoObject)? };
         self.on_stale(name, move |disk| {
             let file = File::open(disk.stale_file(name))?;
             let mut buf = PageBuf::dirty(len);

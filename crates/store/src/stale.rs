@@ -72,11 +72,18 @@ impl Store {
         Ok(moved)
     }
 
-    /// Makes the stale file of `epoch` the working file by a hard link. False if there is no such stale file; an existing
+    /// The epoch whose stale file tells what this node had at the end of `epoch`: the earliest one from then on. A file that
+    /// was moved away late (a crash between the epoch and the move) has a later suffix than it should.
+    pub fn stale_at(&self, replica: Replica, epoch: Epoch) -> Option<Epoch> {
+        self.inner.index.stale_at(replica, epoch)
+    }
+
+    /// Makes the stale file for `epoch` ([`Store::stale_at`]) the working file by a hard link. False if there is no such stale file; an existing
     /// working file is left alone and counts as done.
     pub async fn link_stale(&self, replica: Replica, epoch: Epoch) -> Result<bool> {
-        let name = StaleName { replica, epoch };
-        while let Some(id) = self.inner.index.find_stale(name) {
+        while let Some(epoch) = self.stale_at(replica, epoch) {
+            let name = StaleName { replica, epoch };
+            let Some(id) = self.inner.index.find_stale(name) else { continue };
             // It may be moved to its own disk meanwhile.
             if self.link_on(name, id).await? {
                 return Ok(true);

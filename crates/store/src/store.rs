@@ -69,6 +69,9 @@ pub struct StoreOptions {
     pub open_objects: Option<usize>,
     /// See [`WriteHook`].
     pub write_hook: Option<Arc<dyn WriteHook>>,
+    /// Called before a failed disk is taken out of service, while its objects still count as present; on any thread, perhaps
+    /// more than once.
+    pub before_disk_loss: Option<Arc<dyn Fn() + Send + Sync>>,
     /// Called once for each disk taken out of service after errors, on any thread; must not block.
     pub on_disk_failure: Option<Arc<dyn Fn(DiskFailure) + Send + Sync>>,
     /// File that records the disks removed while others served on, e.g. `META/removed_disks`. A recorded disk that is
@@ -443,6 +446,12 @@ impl Store {
     /// When changes are acknowledged.
     pub fn sync_mode(&self) -> SyncMode {
         self.inner.options.sync
+    }
+
+    /// Length of the working file in bytes; none if there is none or it cannot be told.
+    pub fn file_len(&self, replica: Replica) -> Option<u64> {
+        let disk = self.inner.locate(replica).ok()?;
+        disk.file(replica).metadata().ok().filter(|m| m.is_file()).map(|m| m.len())
     }
 
     /// Whether the working file exists.

@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::binaries;
 use crate::client::Client;
+use crate::disk::set_size;
 use crate::node::{Node, Output};
 use crate::ports::Ports;
 use crate::wait::{DEADLINE, wait, wait_for};
@@ -28,6 +29,7 @@ pub struct Builder {
     zones: Option<Vec<u32>>,
     ports: Option<Vec<u16>>,
     disks: usize,
+    disk_size: Option<u64>,
     args: Vec<String>,
     node_args: Vec<(usize, String)>,
     format: Option<ClusterRequest>,
@@ -69,6 +71,7 @@ impl Builder {
             zones: None,
             ports: None,
             disks: 0,
+            disk_size: None,
             args: Vec::new(),
             node_args: Vec::new(),
             format: Some(format),
@@ -98,6 +101,12 @@ impl Builder {
     /// Object directories per node besides the metadata directory.
     pub fn disks(mut self, disks: usize) -> Builder {
         self.disks = disks;
+        self
+    }
+
+    /// Bytes of space that each of these directories counts for; default: what is free.
+    pub fn disk_size(mut self, bytes: u64) -> Builder {
+        self.disk_size = Some(bytes);
         self
     }
 
@@ -202,6 +211,9 @@ impl Builder {
         let disks: Vec<PathBuf> = (0..self.disks).map(|d| root.join(format!("n{index}-d{d}"))).collect();
         for disk in &disks {
             std::fs::create_dir_all(disk).unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+            if let Some(bytes) = self.disk_size {
+                set_size(disk, bytes);
+            }
         }
         let mut args: Vec<String> =
             ["-f", "-b", "127.0.0.1", "-y", "127.0.0.1", "-c"].iter().map(|s| s.to_string()).collect();
@@ -378,14 +390,37 @@ impl Cluster {
         wait(&format!("epoch {epoch} everywhere"), || running.iter().all(|i| self.epoch(*i) == Some(epoch)));
     }
 
-    fn is_recovering(&self, index: usize) -> bool {
-        let Ok(mut client) = Client::connect(self.nodes[index].port) else { return true };
+    /// What a node says about its recovery; none if it does not answer.
+    pub fn recovery(&self, index: usize) -> Option<RecoveryState> {
+        let mut client = Client::connect(self.nodes[index].port).ok()?;
+        client.set_timeout(Duration::from_secs(5)).ok()?;
         let request = Request::new(Opcode::STAT_RECOVERY).length(RecoveryState::LEN);
-        match client.call(request, &[]) {
-            Ok((response, payload)) if response.result.is_ok() => {
-                RecoveryState::decode(&payload).is_ok_and(|s| s.in_recovery != 0)
-            }
-            _ => true,
+        let (response, payload) = client.call(request, &[]).ok()?;
+        response.result.ok().ok()?;
+        RecoveryState::decode(&payload).ok()
+    }
+
+    fn is_recovering(&self, index: usize) -> bool {
+        self.recovery(index).is_none_or(|s| s.in_recovery != 0)
+    }
+
+    /// Waits until a running node has logged that everybody has everything at the present epoch.
+    pub fn wait_gathered(&mut self) {
+        self.wait_recovered();
+        let first = *self.running().first().expect("a node runs");
+        let epoch = self.epoch(first).expect("it answers");
+        let line = format!("all nodes are recovered, epoch {epoch}\n");
+        wait(&line, || self.nodes[first].log().contains(&line));
+    }
+
+    /// Deletes everything that a stopped node has, as if its machine was replaced.
+    pub fn wipe(&mut self, index: usize) {
+        let node = &self.nodes[index];
+        assert!(node.child.is_none(), "node {index} runs");
+        std::fs::remove_dir_all(&node.dir).unwrap_or_else(|e| panic!("{}: {e}", node.dir.display()));
+        for disk in &node.disks {
+            std::fs::remove_dir_all(disk).unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
+            std::fs::create_dir(disk).unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
         }
     }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use sheepdog_erasure::Code;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::Oid;
 
@@ -50,6 +51,12 @@ pub fn object_files(disk: &Path) -> Vec<(Oid, PathBuf)> {
         }
     }
     files
+}
+
+/// Sets how many bytes of space a directory counts for as a disk.
+pub fn set_size(disk: &Path, bytes: u64) {
+    let set = xattr::set(disk, "user.md.size", &bytes.to_le_bytes());
+    set.unwrap_or_else(|e| panic!("{}: {e}", disk.display()));
 }
 
 fn is_allocated(file: &File) -> bool {
@@ -154,6 +161,68 @@ impl Cluster {
             }
         }
         result
+    }
+
+    /// Checks every coded data object on its homes: all strips are there and the parity is that of the data.
+    pub fn compare_strips(&mut self, data: u8, parity: u8) -> Comparison {
+        let code = Code::new(data, parity).expect("a valid policy");
+        let mut result = Comparison::default();
+        let ring = self.ring();
+        for (oid, files) in self.strips() {
+            result.objects += 1;
+            let homes = self.homes_on(&ring, oid, code.strips());
+            let mut strips = Vec::new();
+            for (index, home) in homes.iter().enumerate() {
+                match files.get(&(*home, index)) {
+                    Some(path) => {
+                        strips.push(fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+                    }
+                    None => result.missing.push((oid, *home)),
+                }
+            }
+            if strips.len() < code.strips() {
+                continue;
+            }
+            let (given, stored) = strips.split_at(code.data_strips());
+            let given: Vec<&[u8]> = given.iter().map(Vec::as_slice).collect();
+            let mut computed = vec![vec![0; given[0].len()]; code.parity_strips()];
+            let mut out: Vec<&mut [u8]> = computed.iter_mut().map(Vec::as_mut_slice).collect();
+            code.encode(&given, &mut out).unwrap_or_else(|e| panic!("{oid}: {e}"));
+            for (i, (is, should)) in stored.iter().zip(&computed).enumerate() {
+                if let Some(at) = (0..should.len()).find(|at| is.get(*at) != Some(&should[*at])) {
+                    let end =
+                        (0..should.len()).rfind(|at| is.get(*at) != Some(&should[*at])).unwrap_or(at) + 1;
+                    let nodes = (homes[0], homes[code.data_strips() + i]);
+                    result.differences.push(Difference { oid, nodes, range: at as u64..end as u64 });
+                }
+            }
+        }
+        result
+    }
+
+    /// Panics unless all strips are there and belong together.
+    pub fn assert_strips_agree(&mut self, data: u8, parity: u8) {
+        let found = self.compare_strips(data, parity);
+        assert!(found.missing.is_empty(), "strips that a home lacks: {:?}", found.missing);
+        assert!(found.differences.is_empty(), "parity is wrong: {:?}", found.differences);
+    }
+
+    /// Strip files of the running nodes, by object, node and index.
+    pub fn strips(&mut self) -> BTreeMap<Oid, BTreeMap<(usize, usize), PathBuf>> {
+        let mut strips: BTreeMap<Oid, BTreeMap<(usize, usize), PathBuf>> = BTreeMap::new();
+        for node in self.running() {
+            for dir in self.nodes[node].object_dirs() {
+                for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
+                    let name = entry.file_name().into_string().unwrap_or_default();
+                    let Some((oid, index)) = name.split_once('_') else { continue };
+                    let (Ok(oid), Ok(index)) = (u64::from_str_radix(oid, 16), index.parse()) else {
+                        continue;
+                    };
+                    strips.entry(Oid(oid)).or_default().insert((node, index), entry.path());
+                }
+            }
+        }
+        strips
     }
 
     /// Panics unless all replicas are there and equal.

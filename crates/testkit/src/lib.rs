@@ -22,7 +22,7 @@ pub mod zookeeper;
 
 pub use client::{Client, answer};
 pub use cluster::{Builder, Cluster};
-pub use netns::in_own_network;
+pub use netns::{in_own_mounts, in_own_network};
 pub use node::{Node, Output};
 pub use ports::Ports;
 pub use vdi::Vdi;

@@ -1,4 +1,4 @@
-//! Tests that need fixed ports run in a network namespace of their own.
+//! Tests that need fixed ports run in a network namespace of their own, those that mount something in a mount namespace.
 //!
 //! Captures depend on ports (they decide placement), and two tests cannot listen on the same one. The test executable
 //! starts itself again for just that test under `unshare`, which needs no privileges where user namespaces are allowed.
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::binaries::system;
 
-const MARK: &str = "SHEEPDOG_TEST_IN_NETWORK";
+const MARK: &str = "SHEEPDOG_TEST_IN_NAMESPACE";
 
 /// Runs the test `name` (its full path inside the executable) again in an own network namespace and returns `true`
 /// when that run is over; inside it returns `false` and the test goes on. Panics if the inner run failed.
@@ -22,19 +22,24 @@ const MARK: &str = "SHEEPDOG_TEST_IN_NETWORK";
 /// }
 /// ```
 pub fn in_own_network(name: &str) -> bool {
+    let _needed = system("ip", "iproute2");
+    again(name, "n", "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && exec \"$0\" \"$@\"")
+}
+
+/// As [`in_own_network`], with an own view of the mounted file systems: what the test mounts is gone with it.
+pub fn in_own_mounts(name: &str) -> bool {
+    again(name, "m", "exec \"$0\" \"$@\"")
+}
+
+fn again(name: &str, namespace: &str, start: &str) -> bool {
     if std::env::var(MARK).as_deref() == Ok(name) {
         return false;
     }
     let exe = std::env::current_exe().expect("the running test has a path");
-    let mut command = Command::new(system("unshare", "util-linux"));
-    if nix::unistd::geteuid().is_root() {
-        command.arg("-n");
-    } else {
-        command.arg("-Urn");
-    }
-    let _needed = system("ip", "iproute2");
-    let output = command
-        .args(["--", "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && exec \"$0\" \"$@\""])
+    let user = if nix::unistd::geteuid().is_root() { "" } else { "Ur" };
+    let output = Command::new(system("unshare", "util-linux"))
+        .arg(format!("-{user}{namespace}"))
+        .args(["--", "sh", "-c", start])
         .arg(&exe)
         .args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"])
         .env(MARK, name)
@@ -43,7 +48,7 @@ pub fn in_own_network(name: &str) -> bool {
     let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
     assert!(
         output.status.success(),
-        "{name} in its own network: {}\n{text}\n\
+        "{name} in its own namespace: {}\n{text}\n\
          (if this is about namespaces: allow user namespaces, or run the tests as root)",
         output.status
     );

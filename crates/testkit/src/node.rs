@@ -119,6 +119,11 @@ impl Node {
         self.exit.unwrap_or_else(|| panic!("node {} was never started", self.index))
     }
 
+    /// Arguments of the next start.
+    pub fn args_mut(&mut self) -> &mut Vec<String> {
+        &mut self.args
+    }
+
     /// Sends a signal to the running process.
     pub fn signal(&self, signal: Signal) {
         let pid = self.pid().unwrap_or_else(|| panic!("node {} does not run", self.index));
@@ -182,6 +187,24 @@ impl Node {
             .filter_map(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok())
             .next()
             .map_or(0, |kib| kib << 10)
+    }
+
+    /// Processor time that the process has used; zero while it does not run.
+    pub fn cpu(&self) -> Duration {
+        let stat = self.pid().and_then(|pid| fs::read_to_string(format!("/proc/{pid}/stat")).ok());
+        let stat = stat.unwrap_or_default();
+        // User and system time are words 14 and 15; counted behind the name, which may hold anything.
+        let words = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace();
+        let ticks: u64 = words.skip(11).take(2).filter_map(|w| w.parse::<u64>().ok()).sum();
+        // The kernel reports in units of 1/100 s on every Linux architecture (USER_HZ).
+        Duration::from_millis(ticks * 10)
+    }
+
+    /// Stale files: name and path.
+    pub fn stale_files(&self) -> Vec<(String, PathBuf)> {
+        let dirs = self.object_dirs().into_iter().map(|d| d.join(".stale"));
+        let entries = dirs.filter_map(|d| fs::read_dir(d).ok()).flatten().filter_map(Result::ok);
+        entries.filter_map(|e| Some((e.file_name().into_string().ok()?, e.path()))).collect()
     }
 
     /// Open descriptors of the process.

@@ -130,6 +130,11 @@ fn node_findings(who: &str, state: Option<&NodeState>) -> Vec<Finding> {
         let (done, total) = (recovery.nr_finished, recovery.nr_total);
         findings.push((Severity::Degraded, format!("{who} recovers: {done} of {total} objects")));
     }
+    if recovery.nr_unfound > 0 {
+        let text =
+            format!("{who} cannot find {} objects: nodes that have them are away", recovery.nr_unfound);
+        findings.push((Severity::Critical, text));
+    }
     findings
 }
 

@@ -54,6 +54,7 @@ pub fn fields(state: &RecoveryState) -> serde_json::Value {
         "phase": phase(state),
         "finished": state.nr_finished,
         "total": state.nr_total,
+        "unfound": state.nr_unfound,
     })
 }
 
@@ -75,7 +76,12 @@ fn print_row(context: &Context, id: usize, node: &NodeRecord, state: &RecoverySt
         out!("{id} {place} {vnodes} {zone} {done} {total}\n");
     } else {
         let percent = if total == 0 { 0.0 } else { done as f64 / total as f64 * 100.0 };
-        out!("{id:4}   {place:<20}{vnodes:5}{zone:11}{percent:11.1}%\n");
+        out!("{id:4}   {place:<20}{vnodes:5}{zone:11}{percent:11.1}%");
+        // An addition: the original counts what it cannot find as done.
+        match state.nr_unfound {
+            0 => out!("\n"),
+            unfound => out!("   {unfound} unfound\n"),
+        }
     }
 }
 

@@ -33,10 +33,7 @@ pub enum Command {
     /// End this node.
     Kill,
     /// The disks of this node changed: recover, in the present epoch, what it should have and has not.
-    Rebuild {
-        /// Objects are gone with a disk: this node does not know any more what it had.
-        lost: bool,
-    },
+    Rebuild,
     /// The lock states of the others have been learned.
     LocksCollected,
     /// Announce a changed record of this node.

@@ -276,6 +276,7 @@ async fn recycle_family(task: &Task, family: &[VdiId]) {
             if !replica.oid.is_inode() {
                 tracing::warn!("{} was leaked by a deleted VDI, removing it", replica.oid);
             }
+            task.sheep.tombstones.add(replica.oid, task.state.epoch());
             if let Err(error) = store.remove(replica).await {
                 tracing::error!("cannot remove {}: {error}", replica.oid);
             }

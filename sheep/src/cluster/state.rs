@@ -38,11 +38,13 @@ pub enum Action {
     KeepEpoch,
     /// Delete epoch files 1..=this.
     RemoveEpochs(Epoch),
-    /// Erase every object and the VDI table (MAKE_FS).
+    /// Erase every object and the VDI table (MAKE_FS). Until [`Action::EndFormat`] a start finishes the erasing.
     WipeStore,
-    /// Move every object to the stale area: this node was away.
+    /// The new cluster's configuration and first epoch are on disk.
+    EndFormat,
+    /// Move every object to the stale area, durably: this node was away.
     StashAll,
-    /// Move objects that are no longer at home here to the stale area, with this suffix.
+    /// Move objects that are no longer at home here to the stale area, with this suffix, durably.
     StashMoved(Epoch),
     /// Make the new state visible to requests.
     Publish,
@@ -370,8 +372,9 @@ impl State {
         let tgt_epoch = self.epoch();
         self.info.header.epoch = tgt_epoch.next();
         self.info.nodes = self.members.clone();
-        actions.push(Action::SaveEpoch);
+        // A crash after the log would leave objects that this node no longer has at home among the current ones.
         actions.push(Action::StashMoved(tgt_epoch));
+        actions.push(Action::SaveEpoch);
         actions.push(Action::Recover(Round {
             epoch: self.epoch(),
             tgt_epoch,
@@ -459,6 +462,7 @@ impl State {
             Action::SaveConfig,
             Action::RemoveEpochs(latest),
             Action::SaveEpoch,
+            Action::EndFormat,
             Action::Gathered(Epoch(1)),
             Action::Publish,
         ])

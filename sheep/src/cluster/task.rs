@@ -258,10 +258,7 @@ impl Task {
                 self.act(actions).await;
             }
             Command::LocksCollected => self.replay_locks(),
-            Command::Rebuild { lost } => {
-                if lost {
-                    self.sheep.history.restart(self.state.epoch().next());
-                }
+            Command::Rebuild => {
                 if self.state.status == ClusterStatus::Ok {
                     let actions = self.state.same_epoch_round();
                     self.act(actions).await;
@@ -430,6 +427,8 @@ impl Task {
                 let known = self.sheep.meta.read_epoch(self.state.epoch());
                 if known.map_or(true, |log| log.nodes != self.state.info.nodes) {
                     self.save_epoch();
+                } else {
+                    self.sheep.history.note(self.state.epoch());
                 }
             }
             Action::RemoveEpochs(latest) => {
@@ -438,6 +437,11 @@ impl Task {
                 }
             }
             Action::WipeStore => self.wipe().await,
+            Action::EndFormat => {
+                if let Err(error) = tokio::task::block_in_place(|| self.sheep.meta.end_format()) {
+                    self.end(1, &[format!("cannot end the format: {error}")]);
+                }
+            }
             Action::StashAll => self.stash_all().await,
             Action::StashMoved(suffix) => self.stash_moved(suffix).await,
             Action::Publish => self.publish(),
@@ -472,7 +476,6 @@ impl Task {
         self.sheep.views.publish(view);
         self.sheep.gateway.arbiter.forget_other(epoch);
         if self.state.joined && epoch.0 > 0 {
-            self.sheep.history.note(epoch);
             self.sheep.intents.note(epoch);
         }
         if status == ClusterStatus::Ok {
@@ -496,19 +499,27 @@ impl Task {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let log = EpochLog { nodes: self.state.info.nodes.clone(), time: now.as_secs() as i64 };
         let epoch = self.state.epoch();
-        if let Err(error) = tokio::task::block_in_place(|| self.sheep.meta.write_epoch(epoch, &log)) {
+        let written = tokio::task::block_in_place(|| {
+            self.sheep.history.note(epoch);
+            self.sheep.meta.write_epoch(epoch, &log)
+        });
+        if let Err(error) = written {
             self.end(1, &[format!("cannot log current epoch {epoch}: {error}")]);
         }
     }
 
     async fn wipe(&mut self) {
+        if let Err(error) = tokio::task::block_in_place(|| self.sheep.meta.begin_format()) {
+            return self.end(1, &[format!("cannot begin the format: {error}")]);
+        }
         self.sheep.recovery.stop();
+        self.sheep.tombstones.clear();
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store {
             let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);
             let layout = layout.ok().flatten().unwrap_or_else(|| store.layout());
             if let Err(error) = store.format(layout).await {
-                tracing::error!("cannot format the store: {error}");
+                return self.end(1, &[format!("cannot format the store: {error}")]);
             }
         }
         self.sheep.vdis.clear();
@@ -534,7 +545,11 @@ impl Task {
         self.sheep.intents.leave_to_others();
         let Some(store) = &self.sheep.store else { return };
         let epoch = self.sheep.meta.latest_epoch().unwrap_or_default();
-        if let Err(error) = store.stash_all(epoch).await {
+        let stashed = match store.stash_all(epoch).await {
+            Ok(_) => store.sync_dirs().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = stashed {
             self.end(1, &[format!("cannot move outdated objects to the stale area: {error}")]);
         }
     }
@@ -543,7 +558,12 @@ impl Task {
     /// are left to the round of recovery, which begins when the tables of the others have arrived.
     async fn stash_moved(&mut self, suffix: sheepdog_proto::Epoch) {
         let view = view_of(&self.state);
-        if let Err(error) = recovery::stash_strangers(&self.sheep, &view, suffix, true).await {
+        let stashed =
+            match (recovery::stash_strangers(&self.sheep, &view, suffix, true).await, &self.sheep.store) {
+                (Ok(()), Some(store)) => store.sync_dirs().await,
+                (outcome, _) => outcome,
+            };
+        if let Err(error) = stashed {
             self.end(1, &[format!("cannot move objects to the stale area: {error}")]);
         }
     }

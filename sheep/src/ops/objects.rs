@@ -78,6 +78,11 @@ pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFut
                 reply.response = reply.response.with_hash(HashResponse { digest });
                 reply
             }
+            Err(ResultCode::NO_OBJ) => {
+                let mut reply = result(&request, ResultCode::NO_OBJ);
+                reply.response = sheep.tombstones.mark(request.obj().oid, reply.response);
+                reply
+            }
             Err(code) => result(&request, code),
         }
     })
@@ -130,7 +135,8 @@ pub fn repair_replica<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> 
     })
 }
 
-async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), ResultCode> {
+/// Replaces this node's replica by a copy of a member's. Writes in progress are not undone.
+pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), ResultCode> {
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let view = sheep.views.load();
     let redundancy = sheep.redundancy(oid.vid(), &view);

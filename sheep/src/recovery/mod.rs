@@ -8,6 +8,7 @@
 pub mod object;
 pub mod round;
 pub mod strip;
+pub mod tombstones;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ pub struct Active {
     pub work: Mutex<Pending>,
     /// Something was added to the work, or recovery was enabled.
     pub wake: Notify,
+    /// Only what requests ask for is recovered: the rest has no room (`-F`).
+    pub held: AtomicBool,
     finished: AtomicU64,
 }
 
@@ -55,6 +58,10 @@ pub struct Pending {
     pub urgent: VecDeque<Oid>,
     /// Failed in this pass; tried again in the next.
     pub failed: Vec<Oid>,
+    /// Not to be had when last tried.
+    pub unfound: HashSet<Oid>,
+    /// Why, for one of them.
+    pub reason: String,
     /// Done although the list is not there yet.
     done_early: HashSet<Oid>,
     waiters: HashMap<Oid, Vec<oneshot::Sender<()>>>,
@@ -64,6 +71,7 @@ impl Active {
     /// Marks an object as done and wakes who waits for it.
     pub fn done(&self, oid: Oid) {
         let mut work = self.work.lock();
+        work.unfound.remove(&oid);
         if work.todo.remove(&oid) {
             self.finished.fetch_add(1, Ordering::Relaxed);
         }
@@ -120,11 +128,12 @@ impl Recovery {
     }
 
     /// Begins a round, which replaces the running one: requests wait for absent objects from here on. A round that owed
-    /// the cluster an announcement hands the duty on. It runs after [`Recovery::launch`].
+    /// the cluster an announcement hands the duty on, one that was to search everywhere (`-W`) the task. It runs after [`Recovery::launch`].
     pub fn begin(&self, mut round: Round) {
         let mut current = self.current.lock();
         if let Some(previous) = current.take() {
             round.announce |= previous.round.announce;
+            round.wildcard |= previous.round.wildcard;
             previous.replace();
         }
         *current = Some(Arc::new(Active {
@@ -132,6 +141,7 @@ impl Recovery {
             replaced: AtomicBool::new(false),
             work: Mutex::default(),
             wake: Notify::new(),
+            held: AtomicBool::new(false),
             finished: AtomicU64::new(0),
         }));
         *self.begun.lock() = Some(round);
@@ -184,6 +194,7 @@ impl Recovery {
         let work = active.work.lock();
         RecoveryState {
             in_recovery: 1,
+            nr_unfound: u16::try_from(work.unfound.len()).unwrap_or(u16::MAX),
             state: if work.listed { RECOVERY_OBJECTS } else { RECOVERY_PREPARE },
             nr_finished: active.finished.load(Ordering::Relaxed),
             nr_total: work.total,
@@ -273,6 +284,9 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedR
             continue;
         }
         tracing::info!("recovering epoch {}", round.epoch);
+        if round.wildcard {
+            tracing::info!("starting wild card recovery, objects will be searched from all nodes");
+        }
         let complete = round::run(&sheep, &worker, &active).await;
         if !complete {
             continue;

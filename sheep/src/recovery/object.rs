@@ -4,6 +4,10 @@
 //! cannot have acknowledged a write of the object: when every home of the epoch says that it did not have it, or one
 //! does whose store was there (a write is acknowledged by all homes). Otherwise a home that is away may hold a newer
 //! version than any older epoch has, and the object waits.
+//!
+//! It ends at the epoch in which a home knows the object to have been removed ([`super::tombstones`]). The epoch in which
+//! everybody had everything (last gathered) does not end it: what nobody could reach then is in no list of then, and may
+//! return with its homes. Only an object that nobody has at all is not waited for below that epoch.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +15,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, ResultCode};
-use sheepdog_store::StoreError;
+use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_store::{Replica, StoreError};
 
 use super::Active;
+use super::tombstones::marked;
 use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::code_of;
 use crate::gateway::object::is_coded;
+use crate::ops::objects::repair;
 use crate::sheep::Sheep;
+use crate::view::View;
 
 /// Deadline of a copy from another node.
 pub const COPY_DEADLINE: Duration = Duration::from_secs(30);
@@ -53,31 +60,38 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
         return Recovered::Replaced;
     }
     let Some((replica, size)) = sheep.my_replica(oid, &view) else { return Recovered::Nowhere };
+    let redundancy = sheep.redundancy(oid.vid(), &view);
     if store.exists(replica) {
+        let damaged = oid.is_data()
+            && !is_coded(oid, &redundancy)
+            && store.file_len(replica).is_some_and(|len| len < size);
+        if damaged {
+            mend(sheep, &view, oid, redundancy.copies).await;
+        }
         return Recovered::Here;
     }
-    let redundancy = sheep.redundancy(oid.vid(), &view);
     if is_coded(oid, &redundancy) {
         return match code_of(redundancy.policy) {
             Ok(code) => super::strip::recover(sheep, active, store, replica, code, size).await,
             Err(code) => Recovered::Later(code.to_string()),
         };
     }
-    let floor = sheep.recovery.last_gathered();
-    let mut local = LocalCandidate::find(sheep, active.round.epoch, floor, oid).await;
+    let removed = sheep.tombstones.epoch_of(oid);
+    let candidate = LocalCandidate::find(sheep, oid).await;
+    let mut hunt = Hunt { sheep, active, oid, copies: redundancy.copies, candidate, removed };
     let mut epoch = active.round.tgt_epoch;
     let mut nodes = Some(active.round.old.clone());
     loop {
         let Some(members) = nodes.take() else {
             return Recovered::Later(format!("the members of epoch {epoch} are not known"));
         };
-        match search(sheep, active, oid, epoch, members, redundancy.copies, &mut local).await {
+        match hunt.search(epoch, members).await {
             Search::Found => return Recovered::Here,
             Search::Replaced => return Recovered::Replaced,
-            Search::Unknown(reason) => return Recovered::Later(reason),
+            Search::Unknown(reason) => return unknown(sheep, active, &[replica], epoch, reason).await,
             Search::Absent => {}
         }
-        if epoch.0 <= 1 || epoch.0 <= floor.0 {
+        if epoch.0 <= 1 || !hunt.removed.is_before(epoch) {
             return Recovered::Nowhere;
         }
         epoch = Epoch(epoch.0 - 1);
@@ -85,136 +99,226 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     }
 }
 
+/// A data object whose file was cut off (files are created at their full length) gets the content of another home.
+async fn mend(sheep: &Arc<Sheep>, view: &View, oid: Oid, copies: u8) {
+    for home in view.ring.nodes_of(oid, copies.into()).filter(|n| n.nid != sheep.me) {
+        match repair(sheep, oid, home.nid).await {
+            Ok(()) => return tracing::warn!("{oid} was cut off, restored from {}", home.nid),
+            Err(code) => tracing::warn!("{oid} is cut off, {} cannot help: {code}", home.nid),
+        }
+    }
+}
+
+/// The search cannot go on at `epoch`. The object waits, unless all members had everything since and nobody has anything
+/// of it (one of `names`): then there is nothing to wait for.
+pub(super) async fn unknown(
+    sheep: &Arc<Sheep>,
+    active: &Active,
+    names: &[Replica],
+    epoch: Epoch,
+    reason: String,
+) -> Recovered {
+    let settled = !sheep.recovery.last_gathered().is_before(epoch);
+    if settled && matches!(anybody_has(sheep, active, names).await, Ok(false)) {
+        return Recovered::Nowhere;
+    }
+    Recovered::Later(reason)
+}
+
+/// Whether a member has any state of one of the replicas.
+async fn anybody_has(sheep: &Arc<Sheep>, active: &Active, names: &[Replica]) -> Result<bool, ResultCode> {
+    let view = sheep.views.load();
+    for node in view.members() {
+        for name in names {
+            let found = if node.nid == sheep.me {
+                let store = sheep.store.as_ref();
+                store.is_some_and(|s| s.exists(*name) || !s.stale_epochs(*name).is_empty())
+            } else {
+                // Its state at the end of the first epoch is the oldest that it has.
+                let body = ObjRequest {
+                    oid: name.oid,
+                    tgt_epoch: Epoch(1),
+                    ec_index: name.strip.unwrap_or(0),
+                    ..ObjRequest::zeroed()
+                };
+                let request = Request::new(Opcode::READ_PEER)
+                    .flag(Flags::RECOVERY)
+                    .epoch(active.round.epoch)
+                    .length(1)
+                    .with_obj(body);
+                let reply = sheep.peers.call(&node.nid, request, Bytes::new(), COPY_DEADLINE).await;
+                match reply.map_err(|_| ResultCode::NETWORK_ERROR)?.response.result {
+                    ResultCode::SUCCESS => true,
+                    ResultCode::NO_OBJ | ResultCode::AGAIN => false,
+                    code => return Err(code),
+                }
+            };
+            if found {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// A stale copy on this node that may equal the current version.
 struct LocalCandidate(Option<(Epoch, [u8; 20])>);
 
 impl LocalCandidate {
-    async fn find(sheep: &Sheep, round: Epoch, floor: Epoch, oid: Oid) -> LocalCandidate {
+    async fn find(sheep: &Sheep, oid: Oid) -> LocalCandidate {
         let Some(store) = &sheep.store else { return LocalCandidate(None) };
         let replica = Sheep::replica(oid);
-        let stale = store.stale_epochs(replica).into_iter();
-        let newest = stale.filter(|e| e.is_before(round) && !e.is_before(floor)).max();
-        let Some(epoch) = newest else { return LocalCandidate(None) };
+        let Some(epoch) = store.stale_epochs(replica).into_iter().max() else { return LocalCandidate(None) };
         let size = sheep.size_of(oid, &sheep.views.load());
         let hash = store.hash(replica, size, Some(epoch), false).await;
         LocalCandidate(hash.ok().map(|h| (epoch, h)))
     }
 }
 
-async fn search(
-    sheep: &Arc<Sheep>,
-    active: &Active,
+/// One object being searched.
+struct Hunt<'a> {
+    sheep: &'a Arc<Sheep>,
+    active: &'a Active,
     oid: Oid,
-    epoch: Epoch,
-    members: Vec<NodeRecord>,
     copies: u8,
-    local: &mut LocalCandidate,
-) -> Search {
-    let view = sheep.views.load();
-    let weights = Weights::of_cluster(view.flags);
-    let Ok(ring) = Ring::new(members, weights) else { return Search::Unknown("unusable epoch log".into()) };
-    let mut homes: Vec<NodeId> = ring.nodes_of(oid, copies.into()).map(|n| n.nid).collect();
-    if let Some(at) = homes.iter().position(|n| *n == sheep.me) {
-        homes.rotate_left(at);
-    }
-    let (mut unknown, mut proven) = (None, false);
-    for home in homes {
-        if active.is_replaced() {
-            return Search::Replaced;
-        }
-        if !view.is_member(&home) {
-            unknown = Some(format!("{home}, which stored it at epoch {epoch}, is away"));
-            continue;
-        }
-        match try_home(sheep, active, oid, epoch, home, local).await {
-            Ok(()) => return Search::Found,
-            Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
-            Err(ResultCode::NO_OBJ) => proven = true,
-            Err(code) => unknown = Some(format!("{home}: {code}")),
-        }
-    }
-    match unknown {
-        Some(reason) if !proven => Search::Unknown(reason),
-        _ => Search::Absent,
-    }
+    candidate: LocalCandidate,
+    /// The last epoch in which somebody removed it; 0 = nobody knows of one.
+    removed: Epoch,
 }
 
-async fn try_home(
-    sheep: &Arc<Sheep>,
-    active: &Active,
-    oid: Oid,
-    epoch: Epoch,
-    home: NodeId,
-    local: &mut LocalCandidate,
-) -> Result<(), ResultCode> {
-    if home == sheep.me {
-        let linked = match epoch.is_before(active.round.epoch) {
-            true => link(sheep, active, oid, epoch).await,
-            false => Err(ResultCode::NO_OBJ),
+impl Hunt<'_> {
+    /// Who may have had the object among the members of an epoch: its homes, beginning with this node; with `-W` then
+    /// everybody else, because placement may have changed.
+    fn candidates(&self, ring: &Ring) -> Vec<NodeId> {
+        let mut nodes: Vec<NodeId> = ring.nodes_of(self.oid, self.copies.into()).map(|n| n.nid).collect();
+        if let Some(at) = nodes.iter().position(|n| *n == self.sheep.me) {
+            nodes.rotate_left(at);
+        }
+        if self.active.round.wildcard {
+            let storing = ring.nodes().iter().filter(|n| n.nr_vnodes > 0);
+            let others: Vec<NodeId> = storing.map(|n| n.nid).filter(|n| !nodes.contains(n)).collect();
+            nodes.extend(others);
+        }
+        nodes
+    }
+
+    /// Looks at one epoch.
+    async fn search(&mut self, epoch: Epoch, members: Vec<NodeRecord>) -> Search {
+        let view = self.sheep.views.load();
+        let Ok(ring) = Ring::new(members, Weights::of_cluster(view.flags)) else {
+            return Search::Unknown("unusable epoch log".into());
         };
-        let empty = linked == Err(ResultCode::NO_OBJ) && !sheep.history.covers(epoch);
-        return if empty { Err(ResultCode::AGAIN) } else { linked };
-    }
-    if let Some((stale, hash)) = local.0 {
-        if remote_hash(sheep, active, oid, epoch, home).await? == hash {
-            return link(sheep, active, oid, stale).await;
+        // Moved away in this very epoch: outdated if a home has the object, the only copy if none has.
+        let mut own = false;
+        let (mut unknown, mut proven) = (None, false);
+        for home in self.candidates(&ring) {
+            if self.active.is_replaced() {
+                return Search::Replaced;
+            }
+            if !view.is_member(&home) {
+                unknown = Some(format!("{home}, which stored it at epoch {epoch}, is away"));
+                continue;
+            }
+            if home == self.sheep.me && self.has_own_of_the_present(epoch) {
+                own = true;
+                continue;
+            }
+            match self.try_home(epoch, home).await {
+                Ok(()) => return Search::Found,
+                Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
+                Err(ResultCode::NO_OBJ) => proven = true,
+                Err(code) => unknown = Some(format!("{home}: {code}")),
+            }
         }
-        local.0 = None;
+        // Where placement is in doubt, one node without the object proves nothing.
+        proven &= !self.active.round.wildcard;
+        match unknown {
+            Some(reason) if !proven => Search::Unknown(reason),
+            _ if own => match self.link(epoch).await {
+                Ok(()) => Search::Found,
+                Err(ResultCode::OLD_NODE_VER) => Search::Replaced,
+                Err(ResultCode::NO_OBJ) => Search::Absent,
+                Err(code) => Search::Unknown(format!("the stale copy here: {code}")),
+            },
+            _ => Search::Absent,
+        }
     }
-    copy(sheep, active, oid, epoch, home).await
+
+    fn has_own_of_the_present(&self, epoch: Epoch) -> bool {
+        let stale = self.sheep.store.as_ref().and_then(|s| s.stale_at(Sheep::replica(self.oid), epoch));
+        !epoch.is_before(self.active.round.epoch) && stale.is_some()
+    }
+
+    async fn try_home(&mut self, epoch: Epoch, home: NodeId) -> Result<(), ResultCode> {
+        if home == self.sheep.me {
+            let linked = match epoch.is_before(self.active.round.epoch) {
+                true => self.link(epoch).await,
+                false => Err(ResultCode::NO_OBJ),
+            };
+            let empty = linked == Err(ResultCode::NO_OBJ) && !self.sheep.history.covers(epoch);
+            return if empty { Err(ResultCode::AGAIN) } else { linked };
+        }
+        if let Some((stale, hash)) = self.candidate.0 {
+            if self.remote_hash(epoch, home).await? == hash {
+                return self.link(stale).await;
+            }
+            self.candidate.0 = None;
+        }
+        self.copy(epoch, home).await
+    }
+
+    fn request(&self, opcode: Opcode, tgt_epoch: Epoch) -> Request {
+        let body = ObjRequest { oid: self.oid, tgt_epoch, ..ObjRequest::zeroed() };
+        Request::new(opcode).epoch(self.active.round.epoch).with_obj(body)
+    }
+
+    /// The answer's result; what it tells of a removal is kept.
+    fn judge(&mut self, response: &Response) -> Result<(), ResultCode> {
+        self.removed = self.removed.max(removal(response));
+        response.result.ok()
+    }
+
+    async fn remote_hash(&mut self, epoch: Epoch, home: NodeId) -> Result<[u8; 20], ResultCode> {
+        let request = self.request(Opcode::GET_HASH, epoch);
+        let reply = self.sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
+        let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+        self.judge(&reply.response).map(|()| reply.response.hash().digest)
+    }
+
+    /// Makes the stale copy of `epoch` the working one again.
+    async fn link(&self, epoch: Epoch) -> Result<(), ResultCode> {
+        let store = self.sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+        let _pass = self.sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+        match store.link_stale(Sheep::replica(self.oid), epoch).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(StoreError::NoObject) => Err(ResultCode::NO_OBJ),
+            Err(error) => Err(crate::faults::peer_result(self.sheep, &error)),
+        }
+    }
+
+    async fn copy(&mut self, epoch: Epoch, home: NodeId) -> Result<(), ResultCode> {
+        let sheep = self.sheep;
+        let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+        let size = sheep.size_of(self.oid, &sheep.views.load());
+        let mut request = self.request(Opcode::READ_PEER, epoch).flag(Flags::RECOVERY).length(size as usize);
+        if self.active.round.wildcard {
+            request = request.flag(Flags::WILDCARD);
+            tracing::debug!("doing wildcard recovery: at epoch {epoch}, object {}, from {home}", self.oid);
+        }
+        let reply = sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
+        let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+        self.judge(&reply.response)?;
+        if reply.data.len() as u64 != size {
+            return Err(ResultCode::NETWORK_ERROR);
+        }
+        // The epoch must not move between the copy and its becoming the working object.
+        let _pass = sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+        let created = store.create_if_absent(Sheep::replica(self.oid), size, 0, reply.data).await;
+        created.map(drop).map_err(|error| crate::faults::peer_result(sheep, &error))
+    }
 }
 
-fn peer_request(opcode: Opcode, active: &Active, oid: Oid, tgt_epoch: Epoch) -> Request {
-    let body = ObjRequest { oid, tgt_epoch, ..ObjRequest::zeroed() };
-    Request::new(opcode).epoch(active.round.epoch).with_obj(body)
-}
-
-async fn remote_hash(
-    sheep: &Arc<Sheep>,
-    active: &Active,
-    oid: Oid,
-    epoch: Epoch,
-    home: NodeId,
-) -> Result<[u8; 20], ResultCode> {
-    let request = peer_request(Opcode::GET_HASH, active, oid, epoch);
-    let reply = sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
-    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
-    reply.response.result.ok().map(|()| reply.response.hash().digest)
-}
-
-/// Makes the stale copy of `epoch` the working one again.
-async fn link(sheep: &Arc<Sheep>, active: &Active, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
-    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    let _pass = sheep.gate.enter(active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-    match store.link_stale(Sheep::replica(oid), epoch).await {
-        Ok(true) => Ok(()),
-        Ok(false) | Err(StoreError::NoObject) => Err(ResultCode::NO_OBJ),
-        Err(error) => Err(crate::faults::peer_result(sheep, &error)),
-    }
-}
-
-async fn copy(
-    sheep: &Arc<Sheep>,
-    active: &Active,
-    oid: Oid,
-    epoch: Epoch,
-    home: NodeId,
-) -> Result<(), ResultCode> {
-    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    let size = sheep.size_of(oid, &sheep.views.load());
-    let mut request =
-        peer_request(Opcode::READ_PEER, active, oid, epoch).flag(Flags::RECOVERY).length(size as usize);
-    if active.round.wildcard {
-        request = request.flag(Flags::WILDCARD);
-    }
-    let reply = sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
-    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
-    reply.response.result.ok()?;
-    if reply.data.len() as u64 != size {
-        return Err(ResultCode::NETWORK_ERROR);
-    }
-    // The epoch must not move between the copy and its becoming the working object.
-    let _pass = sheep.gate.enter(active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-    let created = store.create_if_absent(Sheep::replica(oid), size, 0, reply.data).await;
-    created.map(drop).map_err(|error| crate::faults::peer_result(sheep, &error))
+/// The epoch in which the answering node removed the object; 0 = it says nothing.
+pub(super) fn removal(response: &Response) -> Epoch {
+    if response.result == ResultCode::NO_OBJ { marked(response) } else { Epoch(0) }
 }

@@ -1,16 +1,21 @@
 //! One round: make the list, recover its objects, tell the cluster.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire};
+use sheepdog_proto::{
+    ClusterFlags, Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire,
+};
 
 use super::Active;
 use super::object::{Recovered, recover};
 use crate::cluster::worker::Worker;
 use crate::sheep::Sheep;
+use crate::view::View;
 
 /// Deadline of one object list.
 const LIST_DEADLINE: Duration = Duration::from_secs(30);
@@ -31,7 +36,8 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
     let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
     let listed = list(sheep, active).await;
     early.abort();
-    let Some(oids) = listed else { return false };
+    let Some((oids, fits)) = listed else { return false };
+    active.held.store(!fits, Ordering::Release);
     {
         let mut work = active.work.lock();
         work.total = oids.len() as u64;
@@ -49,7 +55,12 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
         if failed.is_empty() {
             break;
         }
-        tracing::warn!("{} objects not recovered yet at epoch {}", failed.len(), active.round.epoch);
+        let reason = active.work.lock().reason.clone();
+        tracing::warn!(
+            "{} objects not recovered yet at epoch {}, among them {reason}",
+            failed.len(),
+            active.round.epoch
+        );
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = active.wake.notified() => {}
@@ -108,34 +119,65 @@ pub async fn announce(sheep: &Arc<Sheep>, epoch: Epoch) {
     }
 }
 
-/// Metadata first: requests of every VDI depend on it.
-fn priority(oid: &Oid) -> (u8, Oid) {
+/// Metadata first: requests of every VDI depend on it. Then what the fewest nodes have: it is the nearest to being lost.
+fn priority(oid: Oid, holders: usize) -> (u8, usize, Oid) {
     let class = match oid.kind() {
         ObjectKind::Inode => 0,
         ObjectKind::Btree | ObjectKind::Attr | ObjectKind::Ledger => 1,
         ObjectKind::Data | ObjectKind::VmState => 2,
     };
-    (class, *oid)
+    (class, holders, oid)
 }
 
-/// Every object that this node should hold, in the order to recover them. `None` = the round was replaced.
-async fn list(sheep: &Arc<Sheep>, active: &Active) -> Option<Vec<Oid>> {
+/// The objects of all lists, each once, in the order to recover them.
+fn in_order(mut listed: Vec<Oid>) -> Vec<Oid> {
+    listed.sort_unstable();
+    let groups = listed.chunk_by(|a, b| a == b);
+    let mut keys: Vec<_> = groups.map(|group| priority(group[0], group.len())).collect();
+    keys.sort_unstable();
+    keys.into_iter().map(|(_, _, oid)| oid).collect()
+}
+
+/// Every object that this node should hold, in the order to recover them, and whether all nodes have room for what they
+/// should hold (`-F`). `None` = the round was replaced.
+async fn list(sheep: &Arc<Sheep>, active: &Active) -> Option<(Vec<Oid>, bool)> {
     let view = sheep.views.load();
     let mut oids: Vec<Oid> = Vec::new();
-    let mut add = |theirs: Vec<Oid>| {
-        oids.extend(theirs.into_iter().filter(|oid| sheep.is_home(*oid, &view)));
-        oids.sort_unstable();
-        oids.dedup();
-    };
+    let mut all = view.flags.contains(ClusterFlags::AVOID_DISKFULL).then(BTreeSet::new);
     for node in view.members() {
         if node.nr_vnodes == 0 && node.space == 0 {
             continue;
         }
-        add(list_of(sheep, active, node).await?);
+        let theirs = list_of(sheep, active, node).await?;
+        if let Some(all) = &mut all {
+            all.extend(theirs.iter().copied().filter(|oid| oid.is_data()));
+        }
+        oids.extend(theirs.into_iter().filter(|oid| sheep.is_home(*oid, &view)));
+    }
+    let mut fits = true;
+    for node in all.iter().flat_map(|all| too_small(sheep, &view, all)) {
+        fits = false;
+        tracing::error!("node {node} will cause disk full, stopping whole cluster");
+    }
+    if !fits {
+        tracing::error!("canceling recovery because of disk full");
+        tracing::error!("please add a new node ASAP");
     }
     // Nodes that left the ring but still run hold objects, too; their absence shows as unreachable homes later.
-    oids.sort_unstable_by_key(priority);
-    Some(oids)
+    Some((in_order(oids), fits))
+}
+
+/// The nodes whose announced space is less than the data objects of which they are homes (spec 06, 10.14).
+fn too_small(sheep: &Sheep, view: &View, data: &BTreeSet<Oid>) -> Vec<NodeId> {
+    let mut needed: BTreeMap<NodeId, u64> = BTreeMap::new();
+    for oid in data {
+        let (_, bytes) = sheep.named_replica(*oid, 0, view);
+        for home in view.ring.nodes_of(*oid, sheep.copies_of(*oid, view).into()) {
+            *needed.entry(home.nid).or_default() += bytes;
+        }
+    }
+    let space = |nid: &NodeId| view.members().iter().find(|n| n.nid == *nid).map_or(0, |n| n.space);
+    needed.into_iter().filter(|(nid, bytes)| *bytes > space(nid)).map(|(nid, _)| nid).collect()
 }
 
 async fn list_of(sheep: &Arc<Sheep>, active: &Active, node: &NodeRecord) -> Option<Vec<Oid>> {
@@ -193,7 +235,7 @@ async fn serve_urgent(sheep: Arc<Sheep>, active: Arc<Active>) {
 
 /// Takes the next object: urgent ones always, the others unless recovery is disabled.
 fn next(sheep: &Sheep, active: &Active) -> Option<Oid> {
-    let disabled = sheep.views.load().disable_recovery;
+    let disabled = sheep.views.load().disable_recovery || active.held.load(Ordering::Acquire);
     let mut work = active.work.lock();
     if let Some(oid) = work.urgent.pop_front() {
         return Some(oid);
@@ -242,14 +284,14 @@ async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
         Recovered::Here | Recovered::Nowhere => active.done(oid),
         // The gate was closed for a moment without a new epoch: the object is still to do.
         Recovered::Replaced if !active.is_replaced() => {
-            if !put_off(active, oid) {
+            if !put_off(active, oid, None) {
                 active.work.lock().urgent.push_back(oid);
             }
         }
         Recovered::Replaced => {}
         Recovered::Later(reason) => {
             tracing::debug!("{oid} is not recovered yet: {reason}");
-            if !put_off(active, oid) {
+            if !put_off(active, oid, Some(reason)) {
                 tokio::time::sleep(PASS_PAUSE.0).await;
                 active.work.lock().urgent.push_back(oid);
                 active.wake.notify_one();
@@ -258,9 +300,14 @@ async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
     }
 }
 
-/// Leaves an object to the next pass; `false` if there is no list yet that it could be on.
-fn put_off(active: &Active, oid: Oid) -> bool {
+/// Leaves an object to the next pass; `false` if there is no list yet that it could be on. With a reason it is not to be
+/// had for now.
+fn put_off(active: &Active, oid: Oid, unfound: Option<String>) -> bool {
     let mut work = active.work.lock();
+    if let Some(reason) = unfound {
+        work.unfound.insert(oid);
+        work.reason = format!("{oid}: {reason}");
+    }
     if !work.listed {
         return false;
     }
@@ -295,5 +342,21 @@ impl Pace {
             self.begun = 0;
         }
         self.begun += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sheepdog_proto::VdiId;
+
+    use super::*;
+
+    #[test]
+    fn metadata_comes_first_then_what_the_fewest_nodes_have() {
+        let vid = VdiId::new(7);
+        let (inode, ledger) = (Oid::inode(vid), Oid::ledger_of(Oid::data(vid, 1)));
+        let [common, rare, lone] = [1, 2, 3].map(|index| Oid::data(vid, index));
+        let lists = vec![common, inode, rare, common, lone, inode, ledger, rare, common, inode];
+        assert_eq!(in_order(lists), [inode, ledger, lone, rare, common]);
     }
 }

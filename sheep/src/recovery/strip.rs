@@ -16,7 +16,7 @@ use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Res
 use sheepdog_store::{Replica, Store, StoreError};
 
 use super::Active;
-use super::object::{COPY_DEADLINE, Recovered};
+use super::object::{COPY_DEADLINE, Recovered, removal, unknown};
 use crate::cluster::ops::epoch_log;
 use crate::sheep::Sheep;
 
@@ -39,6 +39,8 @@ struct Search<'a> {
     len: u64,
     wanted: usize,
     found: Vec<(usize, Bytes)>,
+    /// The last epoch in which somebody removed the object; 0 = nobody knows of one.
+    removed: Epoch,
 }
 
 /// Recovers the strip of `oid` that `replica` names, `len` bytes long.
@@ -54,7 +56,9 @@ pub async fn recover(
         return Recovered::Later("writes of it are being settled".into());
     }
     let wanted = usize::from(replica.strip.unwrap_or(0));
-    let mut search = Search { sheep, active, store, oid: replica.oid, code, len, wanted, found: Vec::new() };
+    let (oid, found) = (replica.oid, Vec::new());
+    let removed = sheep.tombstones.epoch_of(oid);
+    let mut search = Search { sheep, active, store, oid, code, len, wanted, found, removed };
     let strip = match search.run().await {
         Ok(strip) => strip,
         Err(outcome) => return outcome,
@@ -68,14 +72,20 @@ pub async fn recover(
 
 impl Search<'_> {
     async fn run(&mut self) -> Result<Bytes, Recovered> {
-        let floor = self.sheep.recovery.last_gathered();
         let mut epoch = self.active.round.tgt_epoch;
         let mut nodes = self.active.round.old.clone();
         loop {
-            if let Some(strip) = self.search(epoch, nodes).await? {
-                return Ok(strip);
+            match self.search(epoch, nodes).await {
+                Ok(Some(strip)) => return Ok(strip),
+                Ok(None) => {}
+                Err(Recovered::Later(reason)) if self.found.is_empty() => {
+                    let strip = |index| Replica { oid: self.oid, strip: Some(index as u8) };
+                    let names: Vec<Replica> = (0..self.code.strips()).map(strip).collect();
+                    return Err(unknown(self.sheep, self.active, &names, epoch, reason).await);
+                }
+                Err(outcome) => return Err(outcome),
             }
-            if epoch.0 <= 1 || epoch.0 <= floor.0 {
+            if epoch.0 <= 1 || !self.removed.is_before(epoch) {
                 return Err(match self.found.len() {
                     0 => Recovered::Nowhere,
                     n => Recovered::Later(format!("only {n} strips are left")),
@@ -95,7 +105,8 @@ impl Search<'_> {
         let ring = Ring::new(nodes, weights).map_err(|e| Recovered::Later(e.to_string()))?;
         let homes: Vec<NodeId> = ring.nodes_of(self.oid, self.code.strips()).map(|n| n.nid).collect();
         let (mut unknown, mut proven) = (None, false);
-        let order = std::iter::once(self.wanted).chain((0..self.code.strips()).filter(|i| *i != self.wanted));
+        let wanted = self.wanted;
+        let order = std::iter::once(wanted).chain((0..self.code.strips()).filter(|i| *i != wanted));
         for index in order {
             let Some(home) = homes.get(index) else { continue };
             if self.found.iter().any(|(i, _)| *i == index) {
@@ -118,7 +129,7 @@ impl Search<'_> {
         }
     }
 
-    async fn ask(&self, home: NodeId, index: usize, epoch: Epoch) -> Answer {
+    async fn ask(&mut self, home: NodeId, index: usize, epoch: Epoch) -> Answer {
         let strip = if home == self.sheep.me {
             self.own(index, epoch).await
         } else if self.sheep.views.load().is_member(&home) {
@@ -134,7 +145,7 @@ impl Search<'_> {
         }
     }
 
-    async fn remote(&self, home: NodeId, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
+    async fn remote(&mut self, home: NodeId, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
         let body =
             ObjRequest { oid: self.oid, tgt_epoch: epoch, ec_index: index as u8, ..ObjRequest::zeroed() };
         let request = Request::new(Opcode::READ_PEER)
@@ -144,6 +155,7 @@ impl Search<'_> {
             .with_obj(body);
         let reply = self.sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
         let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+        self.removed = self.removed.max(removal(&reply.response));
         reply.response.result.ok()?;
         if reply.data.len() as u64 == self.len { Ok(reply.data) } else { Err(ResultCode::NETWORK_ERROR) }
     }

@@ -23,6 +23,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// What decides whether there is anything new to look at.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Occasion {
+    /// Which cluster: a format begins another one.
+    ctime: u64,
     epoch: Epoch,
     deleted: usize,
 }
@@ -31,9 +33,15 @@ struct Occasion {
 pub async fn run(sheep: Arc<Sheep>) {
     let mut parents = HashMap::new();
     let mut done = None;
+    let mut ctime = 0;
     loop {
         tokio::time::sleep(GRACE).await;
-        let occasion = Occasion { epoch: sheep.views.epoch(), deleted: sheep.vdis.deleted_vids().len() };
+        let view = sheep.views.load();
+        if std::mem::replace(&mut ctime, view.ctime) != view.ctime {
+            // The ids may be used anew, with other parents.
+            parents.clear();
+        }
+        let occasion = Occasion { ctime, epoch: view.epoch, deleted: sheep.vdis.deleted_vids().len() };
         if done == Some(occasion) || !is_quiet(&sheep) {
             continue;
         }
@@ -79,6 +87,7 @@ async fn pass(sheep: &Arc<Sheep>, parents: &mut HashMap<VdiId, VdiId>) -> Result
     let mut removed = 0;
     for replica in candidates.into_iter().filter(|r| dead.contains(&r.oid.vid())) {
         let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+        sheep.tombstones.add(replica.oid, epoch);
         match store.remove(replica).await {
             Ok(()) => removed += 1,
             Err(sheepdog_store::StoreError::NoObject) => {}

@@ -161,6 +161,7 @@ pub async fn drop_in_ledger(
     }
     if ledger.is_zero() {
         if existed {
+            sheep.tombstones.add(drop.oid, sheep.views.epoch());
             store.remove(replica).await.map_err(fault)?;
         }
         return Ok(true);

@@ -1,0 +1,267 @@
+//! Everything at once: writers that verify, over replicated and erasure-coded VDIs, against kills, freezes, restarts, joins,
+//! lost disks and disks that are plugged and unplugged (spec 06, 14.2 P1 and P4).
+//!
+//! `SHEEPDOG_TORTURE_SECONDS` sets how long the faults last (10 by default, `scripts/torture` sets more),
+//! `SHEEPDOG_TORTURE_SEED` their order. A model knows every acknowledged write; at the end contents are read through every
+//! node, and replicas and strips are compared on disk.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use sheepdog_proto::header::VdiRequest;
+use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, VdiId};
+use sheepdog_testkit::load::{Load, Region, SLOT, Summary};
+use sheepdog_testkit::{Builder, Cluster, wait};
+
+/// The last one comes and goes.
+const NODES: usize = 8;
+const SPARE: usize = NODES - 1;
+const COPIES: u8 = 3;
+const CODE: (u8, u8) = (4, 2);
+/// Of each kind of VDI.
+const WRITERS: usize = 4;
+
+fn setting(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text}: not a number")),
+        Err(_) => default,
+    }
+}
+
+fn created(cluster: &mut Cluster, name: &str, policy: Option<CopyPolicy>) -> VdiId {
+    let body = VdiRequest {
+        vdi_size: (WRITERS as u64 * 2) << 22,
+        copies: policy.map_or(COPIES, |p| p.strips()),
+        copy_policy: policy.map_or(0, |p| p.to_byte()),
+        ..VdiRequest::zeroed()
+    };
+    let response = cluster.client().vdi_op(Opcode::NEW_VDI, name, None, body);
+    assert!(response.result.is_ok(), "{name}: {:?}", response.result);
+    response.vdi().vdi_id
+}
+
+fn change_disk(cluster: &Cluster, node: usize, opcode: Opcode, disk: &Path) {
+    let payload = format!("{}\0", disk.display()).into_bytes();
+    let request = Request::new(opcode).flag(Flags::WRITE).length(payload.len());
+    let (response, _) = cluster.nodes[node].client().must(request, &payload);
+    assert!(response.result.is_ok(), "{opcode} {}: {:?}", disk.display(), response.result);
+}
+
+/// What goes wrong next.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    Kill,
+    KillTwo,
+    KillAll,
+    Freeze,
+    Restart,
+    Join,
+    LoseDisk,
+    SwapDisk,
+}
+
+const FAULTS: [Fault; 12] = [
+    Fault::Kill,
+    Fault::Kill,
+    Fault::Kill,
+    Fault::KillTwo,
+    Fault::KillTwo,
+    Fault::KillAll,
+    Fault::Freeze,
+    Fault::Freeze,
+    Fault::Restart,
+    Fault::Join,
+    Fault::LoseDisk,
+    Fault::SwapDisk,
+];
+
+struct Torture {
+    cluster: Cluster,
+    random: SmallRng,
+    load: Load,
+    disks: u32,
+}
+
+impl Torture {
+    fn work(&self, operations: u64, patience: Duration) {
+        let (before, end) = (self.load.operations(), Instant::now() + patience);
+        wait("work", || self.load.operations() > before + operations || Instant::now() > end);
+    }
+
+    fn victim(&mut self) -> usize {
+        self.random.random_range(0..SPARE)
+    }
+
+    fn millis(&mut self, range: std::ops::Range<u64>) -> Duration {
+        Duration::from_millis(self.random.random_range(range))
+    }
+
+    /// Whatever is lost for good is lost from a cluster that has everything: else more than the redundancy might go.
+    fn complete(&mut self) {
+        self.cluster.wait_recovered();
+    }
+
+    fn strike(&mut self, fault: Fault) {
+        match fault {
+            Fault::Kill => {
+                let node = self.victim();
+                self.cluster.kill9(node);
+                let patience = self.millis(0..1500);
+                self.work(150, patience);
+                self.cluster.start(node);
+            }
+            Fault::KillTwo => {
+                let a = self.victim();
+                let b = (a + self.random.random_range(1..SPARE)) % SPARE;
+                self.cluster.kill9(a);
+                self.cluster.kill9(b);
+                let patience = self.millis(0..1500);
+                self.work(150, patience);
+                self.cluster.start(b);
+                self.cluster.start(a);
+            }
+            Fault::KillAll => {
+                let running = self.cluster.running();
+                self.cluster.kill9_all();
+                let first = self.random.random_range(0..running.len());
+                for i in 0..running.len() {
+                    self.cluster.start(running[(first + i) % running.len()]);
+                }
+                self.complete();
+            }
+            Fault::Freeze => {
+                let node = self.victim();
+                self.cluster.sigstop(node);
+                let patience = self.millis(100..2000);
+                self.work(u64::MAX / 2, patience);
+                self.cluster.sigcont(node);
+            }
+            Fault::Restart => {
+                let node = self.victim();
+                assert_eq!(self.cluster.stop(node), Some(0));
+                self.work(50, Duration::from_secs(1));
+                self.cluster.start(node);
+            }
+            Fault::Join if self.cluster.nodes[SPARE].pid().is_some() => {
+                self.cluster.kill9(SPARE);
+                self.complete();
+                self.cluster.wipe(SPARE);
+            }
+            Fault::Join => self.cluster.start(SPARE),
+            Fault::LoseDisk => {
+                self.complete();
+                let node = self.victim();
+                let disk = self.cluster.nodes[node].disks[1].clone();
+                std::fs::remove_dir_all(&disk).expect("rm -rf");
+                let line = format!("removed disk {}", disk.display());
+                let told = |c: &Cluster| c.nodes[node].log().matches(&line).count();
+                let before = self.disks;
+                self.disks += 1;
+                wait("the loss to be noticed", || told(&self.cluster) > 0);
+                self.complete();
+                self.plug_another(node, before);
+            }
+            Fault::SwapDisk => {
+                let node = self.victim();
+                let disk = self.cluster.nodes[node].disks[1].clone();
+                let number = self.disks;
+                self.disks += 1;
+                change_disk(&self.cluster, node, Opcode::MD_UNPLUG_DISKS, &disk);
+                let line = format!("unplugged {}: all its objects are on the other disks", disk.display());
+                wait(&line, || self.cluster.nodes[node].log().contains(&line));
+                self.plug_another(node, number);
+            }
+        }
+    }
+
+    /// A fresh disk in the place of the node's second one, for the next starts, too.
+    fn plug_another(&mut self, node: usize, number: u32) {
+        let new = self.cluster.dir().join(format!("disk-{number}"));
+        change_disk(&self.cluster, node, Opcode::MD_PLUG_DISKS, &new);
+        let old = std::mem::replace(&mut self.cluster.nodes[node].disks[1], new.clone());
+        let paths = self.cluster.nodes[node].args_mut().last_mut().expect("the directories come last");
+        *paths = paths.replace(&old.display().to_string(), &new.display().to_string());
+        self.complete();
+    }
+}
+
+#[test]
+fn everything_at_once_loses_nothing() {
+    let seed = setting("SHEEPDOG_TORTURE_SEED", u64::from(std::process::id()));
+    let duration = Duration::from_secs(setting("SHEEPDOG_TORTURE_SECONDS", 10));
+    eprintln!("SHEEPDOG_TORTURE_SEED={seed}");
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut cluster = Builder::new(NODES).disks(2).copies(COPIES).start();
+    let plain = created(&mut cluster, "plain", None);
+    let policy = CopyPolicy::erasure(CODE.0, CODE.1).expect("a valid policy");
+    let coded = created(&mut cluster, "coded", Some(policy));
+    let mut client = cluster.client();
+    let mut regions = Region::divide(&mut client, plain, WRITERS).expect("regions");
+    let others = Region::divide(&mut client, coded, WRITERS).expect("regions");
+    regions.extend(others.into_iter().map(Region::lenient));
+    regions.iter_mut().for_each(|r| r.settle(&mut client));
+    let ports = cluster.nodes[..SPARE].iter().map(|n| n.port).collect();
+    let load = Load::start(regions, ports, random.random());
+    let mut torture = Torture { cluster, random, load, disks: 0 };
+    torture.work(200, Duration::from_secs(30));
+    let (end, mut faults) = (Instant::now() + duration, 0);
+    while Instant::now() < end {
+        let fault = FAULTS[torture.random.random_range(0..FAULTS.len())];
+        eprintln!("{fault:?}");
+        torture.strike(fault);
+        faults += 1;
+        let (operations, patience) = (torture.random.random_range(0..300), torture.millis(100..1500));
+        torture.work(operations, patience);
+    }
+    let Torture { mut cluster, load, .. } = torture;
+    let mut regions = load.stop();
+    cluster.wait_recovered();
+    regions.iter_mut().for_each(|r| r.settle(&mut cluster.nodes[0].client()));
+    report(&mut cluster, &regions, faults);
+}
+
+fn report(cluster: &mut Cluster, regions: &[Region], faults: u32) {
+    let summary = Summary::of(regions);
+    let mut lost = summary.violations.clone();
+    for node in cluster.running() {
+        let mut client = cluster.nodes[node].client();
+        lost.extend(
+            regions.iter().flat_map(|r| r.verify(&mut client)).map(|text| format!("node {node}: {text}")),
+        );
+    }
+    let unknown: HashSet<(Oid, u64)> =
+        regions.iter().flat_map(Region::unknown_ranges).map(|(oid, range)| (oid, range.start)).collect();
+    let replicas = cluster.compare_replicas(COPIES.into());
+    let strips = cluster.compare_strips(CODE.0, CODE.1);
+    let slot = SLOT as u64;
+    // Bytes of an object that one byte of a strip stands for.
+    let factor =
+        |oid: Oid| if strips.differences.iter().any(|d| d.oid == oid) { u64::from(CODE.0) } else { 1 };
+    let differences = replicas.differences.iter().chain(&strips.differences);
+    let diverged: Vec<_> = differences
+        .filter(|d| {
+            let range = d.range.start * factor(d.oid)..d.range.end * factor(d.oid);
+            !(range.start / slot..range.end.div_ceil(slot)).any(|s| unknown.contains(&(d.oid, s * slot)))
+        })
+        .collect();
+    let missing: Vec<_> = replicas.missing.iter().chain(&strips.missing).collect();
+    eprintln!(
+        "{faults} faults, {} writes acknowledged, {} without an answer, {} lost, {} of {} objects diverged, \
+         {} replicas missing, p99 {:?}, slowest {:?}",
+        summary.acknowledged,
+        summary.unknown,
+        lost.len(),
+        diverged.len(),
+        replicas.objects + strips.objects,
+        missing.len(),
+        summary.percentile(0.99),
+        summary.slowest
+    );
+    assert!(lost.is_empty(), "{lost:#?}");
+    assert!(diverged.is_empty(), "{diverged:#?}");
+    assert!(missing.is_empty(), "{missing:?}");
+    assert!(summary.errors.is_empty(), "errors that clients must not see: {:#?}", summary.errors);
+}

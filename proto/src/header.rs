@@ -83,6 +83,10 @@ pub mod order {
     pub const RECALL: u8 = 7;
     /// Which of these writes stand and which are undone. Payload: the verdicts.
     pub const DECIDE: u8 = 8;
+    /// Keep updates of a VDI's table out until LET_GO. Payload: the sender's node id; `serial` names the hold.
+    pub const HOLD: u8 = 16;
+    /// End a hold.
+    pub const LET_GO: u8 = 17;
 }
 
 wire! {

@@ -79,6 +79,7 @@ async fn named(
     opcode: Opcode,
     name: &str,
     snapshot: Option<&SnapshotRef>,
+    store_policy: u8,
 ) -> Result<VdiInfo, ClientError> {
     check_name(name)?;
     let (snapid, tag) = match snapshot {
@@ -92,10 +93,11 @@ async fn named(
     if snapshot == Some(&SnapshotRef::Id(0)) {
         return Err(ClientError::Refused(sheepdog_proto::ResultCode::NO_TAG)); // 0 would mean the current VDI
     }
-    let request = Request::new(opcode)
-        .flag(Flags::WRITE)
-        .length(2 * MAX_NAME_LEN)
-        .with_vdi(VdiRequest { snapid, ..VdiRequest::zeroed() });
+    let request = Request::new(opcode).flag(Flags::WRITE).length(2 * MAX_NAME_LEN).with_vdi(VdiRequest {
+        snapid,
+        store_policy,
+        ..VdiRequest::zeroed()
+    });
     let reply = service.call(request, name_and_tag(name, tag)).await?.success()?;
     Ok(info_of(&reply))
 }
@@ -106,12 +108,13 @@ pub async fn lookup(
     name: &str,
     snapshot: Option<&SnapshotRef>,
 ) -> Result<VdiInfo, ClientError> {
-    named(service, Opcode::GET_VDI_INFO, name, snapshot).await
+    named(service, Opcode::GET_VDI_INFO, name, snapshot, inode::STORE_POLICY_FLAT).await
 }
 
 /// Finds the current VDI of a name and takes its normal lock, if the cluster uses locks (LOCK_VDI).
-pub async fn lock(service: &dyn Service, name: &str) -> Result<VdiInfo, ClientError> {
-    named(service, Opcode::LOCK_VDI, name, None).await
+/// `store_policy` says whose index the caller knows: hypervolumes are refused to others.
+pub async fn lock(service: &dyn Service, name: &str, store_policy: u8) -> Result<VdiInfo, ClientError> {
+    named(service, Opcode::LOCK_VDI, name, None, store_policy).await
 }
 
 /// Gives a normal lock back (RELEASE_VDI). Releasing what is not locked is no error.

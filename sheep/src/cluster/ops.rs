@@ -244,7 +244,16 @@ pub fn new_vdi<'a>(
     _: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
-        task.sheep.vdis.set_in_use(message.response.vdi().vdi_id);
+        let vid = message.response.vdi().vdi_id;
+        task.sheep.vdis.set_in_use(vid);
+        // A snapshot or a live rollback: clients with the VDI open go on with the new one (spec 05, 16).
+        if message.request.vdi().snapid != 0 {
+            if task.sheep.vdis.is_collecting() {
+                task.lock_log.push(LockChange::CarriedOver(vid));
+            } else {
+                task.sheep.vdis.carry_lock_over(vid);
+            }
+        }
         ResultCode::SUCCESS
     })
 }
@@ -329,6 +338,10 @@ pub fn inode_coherence<'a>(
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let body = message.request.coherence();
+        if task.sheep.vdis.is_collecting() {
+            task.lock_log.push(LockChange::Cohered(body.vid, sender.nid, body.validate != 0));
+            return ResultCode::SUCCESS;
+        }
         let result = task.sheep.vdis.with_lock(body.vid, |lock| lock.cohere(sender.nid, body.validate != 0));
         result.unwrap_or(ResultCode::NO_VDI)
     })

@@ -70,6 +70,10 @@ pub enum LockChange {
     Acquire(VdiId, NodeId, u32),
     /// RELEASE_VDI.
     Release(VdiId, NodeId, u32),
+    /// A snapshot was taken; this is the new working VDI.
+    CarriedOver(VdiId),
+    /// INODE_COHERENCE, and whether it validates.
+    Cohered(VdiId, NodeId, bool),
     /// The node left.
     Left(NodeId),
 }
@@ -279,6 +283,10 @@ impl Task {
                 }
                 LockChange::Release(vid, node, kind) => {
                     vdis.with_lock(vid, |lock| lock.release(node, kind));
+                }
+                LockChange::CarriedOver(vid) => vdis.carry_lock_over(vid),
+                LockChange::Cohered(vid, node, validate) => {
+                    vdis.with_lock(vid, |lock| lock.cohere(node, validate));
                 }
                 LockChange::Left(node) => vdis.for_each_lock(|lock| lock.drop_participant(node)),
             }

@@ -4,13 +4,16 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sheepdog_proto::inode::{INODE_HEADER_LEN, INODE_LOOKUP_LEN, InodeHeader};
+use sheepdog_proto::inode::{INODE_HEADER_LEN, INODE_LOOKUP_LEN, InodeHeader, STORE_POLICY_BTREE};
 use sheepdog_proto::{Oid, ResultCode};
 
 use crate::sheep::Sheep;
 
 /// Bytes of `snap_ctime` in an inode.
 const SNAP_CTIME: std::ops::Range<u64> = 520..528;
+
+/// Bytes of `btree_counter` in an inode.
+const COUNTER: std::ops::Range<usize> = 568..572;
 
 /// Writes `data` at `offset`, which lies in the header; what follows in the same request goes along unaccounted.
 pub async fn write_header(sheep: &Arc<Sheep>, oid: Oid, offset: u64, data: Bytes) -> Result<(), ResultCode> {
@@ -31,6 +34,16 @@ pub async fn write_header(sheep: &Arc<Sheep>, oid: Oid, offset: u64, data: Bytes
     let snapshot = before.is_snapshot() || sheep.redundancy(oid.vid(), &sheep.views.load()).snapshot;
     if touches_mark && snapshot && !after.is_snapshot() {
         return Err(ResultCode::READONLY);
+    }
+    if before.store_policy == STORE_POLICY_BTREE && start + data.len() > INODE_HEADER_LEN {
+        // The root of an index, sent with the header as the client once read it.
+        if snapshot {
+            return Err(ResultCode::READONLY);
+        }
+        if start == 0 {
+            let data = crate::vdi::tree::keep_header(&old, &data, COUNTER);
+            return sheep.gateway.write_object(sheep, oid, offset, data).await;
+        }
     }
     sheep.gateway.write_object(sheep, oid, offset, data).await
 }

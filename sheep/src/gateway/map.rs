@@ -30,10 +30,28 @@ struct Change {
     gref: Gref,
 }
 
+/// Who asks for an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    /// A client that keeps a table, or the deletion of a VDI: entries of snapshots may be cleared.
+    Client,
+    /// DISCARD_OBJ: snapshots stay as they are.
+    Discard,
+}
+
 /// Writes table entries: `data` at byte `offset` of the inode, both multiples of 4 and inside the table.
-pub async fn update(sheep: &Arc<Sheep>, vid: VdiId, offset: u64, data: Bytes) -> Result<(), ResultCode> {
+pub async fn update(
+    sheep: &Arc<Sheep>,
+    vid: VdiId,
+    offset: u64,
+    data: Bytes,
+    by: By,
+) -> Result<(), ResultCode> {
     let oid = Oid::inode(vid);
     let _serial = sheep.gateway.maps.turn(oid, 0..1, true).await;
+    if by == By::Discard && sheep.redundancy(vid, &sheep.views.load()).snapshot {
+        return Err(ResultCode::READONLY);
+    }
     let adds = inode::table(&data).iter().any(|v| v.get() != 0);
     if adds && read_lookup_header(sheep, vid).await?.is_deleted() {
         return Err(ResultCode::NO_VDI);
@@ -179,5 +197,10 @@ impl super::Gateway {
     /// Keeps table updates of `vid` out until the value is dropped, and waits for those in progress here.
     pub async fn map_barrier(&self, vid: VdiId) -> crate::order::Turn {
         self.maps.turn(Oid::inode(vid), 0..1, true).await
+    }
+
+    /// The turn of a write to an index node: beside others, not beside a barrier.
+    pub async fn index_turn(&self, vid: VdiId) -> crate::order::Turn {
+        self.maps.turn(Oid::inode(vid), 0..1, false).await
     }
 }

@@ -3,14 +3,16 @@
 //! [`execute`] checks a request and adds its side effects (copy-on-write, reference counting on table updates);
 //! [`object`] brings one object operation to all replicas, with the one retry loop there is; [`grants`] decides whether
 //! directly or through the object's first home ([`arbiter`], [`sequencer`]); [`op`] is a single attempt in one epoch,
-//! by [`replicas`], or [`coded`] for erasure-coded objects; [`numbers`] tells homes which writes are done; [`map`] updates block tables, [`guard`] inode headers;
-//! [`drops`] drops references.
+//! by [`replicas`], or [`coded`] for erasure-coded objects; [`numbers`] tells homes which writes are done; [`map`]
+//! updates block tables, [`guard`] inode headers, [`hold`] keeps both out while a VDI is derived; [`drops`] drops
+//! references.
 
 pub mod arbiter;
 pub mod coded;
 mod drops;
 pub mod grants;
 mod guard;
+pub mod hold;
 pub mod map;
 pub mod numbers;
 pub mod object;
@@ -24,10 +26,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_LOOKUP_LEN, TABLE_OFFSET, is_table_update};
-use sheepdog_proto::{Flags, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_proto::{Flags, ObjectKind, Oid, Opcode, Request, Response, ResultCode};
 
 use self::arbiter::Arbiter;
 use self::grants::Grants;
+use self::hold::Holds;
 use self::numbers::Numbers;
 use crate::order::Order;
 use crate::peer::check_range;
@@ -49,6 +52,8 @@ pub struct Gateway {
     pub arbiter: Arbiter,
     /// Numbers of the writes in progress.
     pub numbers: Numbers,
+    /// VDIs whose table updates other nodes hold back.
+    pub holds: Holds,
 }
 
 impl Gateway {
@@ -61,6 +66,7 @@ impl Gateway {
             grants: Grants::default(),
             arbiter: Arbiter::default(),
             numbers: Numbers::default(),
+            holds: Holds::default(),
         }
     }
 }
@@ -172,6 +178,12 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     if oid.is_data() && sheep.redundancy(oid.vid(), &view).snapshot {
         return Err(ResultCode::READONLY);
     }
+    // Index nodes of a hypervolume: not while a snapshot copies them, and not into a snapshot.
+    let index = oid.kind() == ObjectKind::Btree;
+    let _index = if index { Some(sheep.gateway.index_turn(oid.vid()).await) } else { None };
+    if index && sheep.redundancy(oid.vid(), &sheep.views.load()).snapshot {
+        return Err(ResultCode::READONLY);
+    }
     let (offset, len) = (u64::from(body.offset), payload.len() as u64);
     check_range(offset, len, oid.size(redundancy.block_size_shift))?;
     if request.opcode == Opcode::CREATE_AND_WRITE_OBJ {
@@ -186,7 +198,7 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
             return Err(ResultCode::INVALID_PARMS);
         }
         if !map::is_btree(sheep, oid.vid()).await? {
-            return map::update(sheep, oid.vid(), offset, payload).await;
+            return map::update(sheep, oid.vid(), offset, payload, map::By::Client).await;
         }
     }
     if oid.is_inode() && offset < INODE_LOOKUP_LEN as u64 {

@@ -36,7 +36,7 @@ pub fn is_coded(oid: Oid, redundancy: &Redundancy) -> bool {
 }
 
 /// What stops a request before any replica is asked (spec 06, 3.5).
-fn refusal(view: &View, redundancy: &Redundancy, write: bool) -> Option<ResultCode> {
+pub fn refusal(view: &View, copies: u8, write: bool) -> Option<ResultCode> {
     match view.status {
         ClusterStatus::Killed => return Some(ResultCode::KILLED),
         ClusterStatus::Shutdown => return Some(ResultCode::SHUTDOWN),
@@ -46,7 +46,7 @@ fn refusal(view: &View, redundancy: &Redundancy, write: bool) -> Option<ResultCo
         return Some(ResultCode::HALT);
     }
     let strict = view.flags.contains(ClusterFlags::STRICT);
-    (write && strict && view.ring.nr_zones() < usize::from(redundancy.copies)).then_some(ResultCode::HALT)
+    (write && strict && view.ring.nr_zones() < usize::from(copies)).then_some(ResultCode::HALT)
 }
 
 /// Runs `attempt` until it succeeds or fails for good.
@@ -65,7 +65,7 @@ where
     loop {
         let view = sheep.views.load();
         let redundancy = sheep.redundancy(oid.vid(), &view);
-        if let Some(code) = refusal(&view, &redundancy, write) {
+        if let Some(code) = refusal(&view, redundancy.copies, write) {
             return Err(code);
         }
         let failure = match attempt(view.clone(), redundancy).await {

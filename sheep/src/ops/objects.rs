@@ -185,7 +185,7 @@ async fn discard_block(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
     if map::is_btree(sheep, vid).await? {
         return Err(ResultCode::NO_SUPPORT);
     }
-    map::update(sheep, vid, table_offset(oid.index()), sheepdog_buffer::zeros(4)).await
+    map::update(sheep, vid, table_offset(oid.index()), sheepdog_buffer::zeros(4), map::By::Discard).await
 }
 
 /// FLUSH_VDI. In the default mode every acknowledged write is durable and clients need not ask: `INVALID_PARMS` tells

@@ -11,7 +11,7 @@ use sheepdog_proto::{Epoch, NodeId, Request, Response, ResultCode, Wire};
 use super::{list, result};
 use crate::gateway::grants::Verdict;
 use crate::gateway::object::is_coded;
-use crate::gateway::sequencer;
+use crate::gateway::{hold, sequencer};
 use crate::settle;
 use crate::sheep::Sheep;
 
@@ -27,6 +27,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::DONE => done(sheep, &request, &payload),
             order::RECALL => return recall(sheep, &request, &payload),
             order::DECIDE => decide(sheep, &request, &payload).await,
+            order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
         match outcome {
@@ -47,6 +48,20 @@ async fn claim(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<
     let Verdict { direct, serial } =
         sheep.gateway.arbiter.claim(sheep, node, body.oid.vid(), write, request.epoch).await?;
     Ok(OrderResponse { verdict: if direct { 1 } else { 2 }, serial })
+}
+
+async fn hold(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
+    let node = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
+    if !sheep.views.load().is_member(&node) {
+        return Err(ResultCode::OLD_NODE_VER);
+    }
+    let body = request.order();
+    if body.what == order::HOLD {
+        hold::hold_for(sheep, node, body.oid.vid(), body.serial).await?;
+    } else {
+        hold::let_go(sheep, node, body.oid.vid(), body.serial);
+    }
+    Ok(OrderResponse { verdict: 1, serial: body.serial })
 }
 
 async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {

@@ -17,6 +17,8 @@ use sheepdog_proto::{
 
 use super::lookup::{Found, Query, lookup};
 use super::objects::{Inode, create_inode, read_inode, read_lookup_header};
+use super::tree;
+use crate::gateway::hold::hold;
 use crate::gateway::map;
 use crate::sheep::Sheep;
 use crate::view::View;
@@ -54,12 +56,15 @@ fn check(view: &View, body: &VdiRequest, payload: &[u8]) -> Result<Params, Resul
     let copies = if policy.is_erasure() { policy.strips() } else { copies };
     let shift = if body.block_size_shift == 0 { view.block_size_shift } else { body.block_size_shift };
     let name = cstr(payload);
+    // A derived VDI's map is its base's, whatever the request says: checked when the base is known.
+    let derived = !body.base_vdi_id.is_none();
+    let limit = if derived { MAX_HYPER_SIZE } else { max_size(body.store_policy, shift) };
     let valid = !name.is_empty()
         && name.len() < MAX_NAME_LEN
         && (MIN_BLOCK_SHIFT..=MAX_BLOCK_SHIFT).contains(&shift)
         && (1..=MAX_COPIES).contains(&usize::from(copies))
         && body.store_policy <= STORE_POLICY_BTREE
-        && body.vdi_size <= max_size(body.store_policy, shift);
+        && body.vdi_size <= limit;
     if !valid {
         return Err(ResultCode::INVALID_PARMS);
     }
@@ -145,7 +150,32 @@ fn child_of(base: &Inode, params: &Params, vid: VdiId, snap_id: u32, time: u64) 
     let mut child = new_inode(params, vid, snap_id, base.header.vdi_id, time);
     child.table = base.table.clone();
     child.grefs = base.derived_grefs();
+    child.header.store_policy = base.header.store_policy;
     child
+}
+
+/// Writes a child whose base is counted already, with its index if it is a hypervolume.
+async fn write_derived(sheep: &Arc<Sheep>, before: &Inode, mut child: Inode) -> Result<VdiId, ResultCode> {
+    let hyper = child.header.store_policy == STORE_POLICY_BTREE;
+    let written = async {
+        if hyper {
+            tree::copy_index(sheep, before.header.vdi_id, &mut child).await.map_err(|code| {
+                tracing::error!("failed to copy the index of {:?}: {code}", before.header.vdi_id);
+                sheep.vdis.mark_phantom(child.header.vdi_id);
+                ResultCode::VDI_WRITE
+            })?;
+        }
+        write_child(sheep, &child).await
+    };
+    match written.await {
+        Ok(()) => Ok(child.header.vdi_id),
+        Err(code) => {
+            if hyper {
+                tree::remove_index(sheep, &child).await;
+            }
+            Err(restore_base(sheep, before, code).await)
+        }
+    }
 }
 
 /// Writes the inode of an announced vid; if that fails the vid is a phantom.
@@ -160,8 +190,23 @@ async fn write_child(sheep: &Arc<Sheep>, child: &Inode) -> Result<(), ResultCode
     })
 }
 
+/// Refuses what the cluster would refuse to write, before anything is announced: an announcement cannot be taken back.
+fn check_writable(sheep: &Sheep, params: &Params, base: VdiId, code: ResultCode) -> Result<(), ResultCode> {
+    let view = sheep.views.load();
+    let base = if base.is_none() { 0 } else { sheep.redundancy(base, &view).copies };
+    let copies = params.copies.max(base);
+    match crate::gateway::object::refusal(&view, copies, true) {
+        Some(refusal) => {
+            tracing::error!("no VDI can be written now: {refusal}");
+            Err(code)
+        }
+        None => Ok(()),
+    }
+}
+
 async fn create(sheep: &Arc<Sheep>, params: &Params, found: &Found) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
+    check_writable(sheep, params, VdiId::NONE, ResultCode::VDI_WRITE)?;
     announce(sheep, found.survivor, vid, params).await?;
     let mut inode = new_inode(params, vid, found.next_snap_id, VdiId::NONE, inode_time());
     if params.store_policy == STORE_POLICY_BTREE {
@@ -172,18 +217,25 @@ async fn create(sheep: &Arc<Sheep>, params: &Params, found: &Found) -> Result<Vd
     Ok(vid)
 }
 
-async fn read_base(sheep: &Arc<Sheep>, base: VdiId) -> Result<Inode, ResultCode> {
-    let inode = read_inode(sheep, base).await.map_err(|code| {
+async fn read_base(sheep: &Arc<Sheep>, base: VdiId, params: &Params) -> Result<Inode, ResultCode> {
+    let mut inode = read_inode(sheep, base).await.map_err(|code| {
         tracing::error!("failed to read the base VDI {base:?}: {code}");
         ResultCode::BASE_VDI_READ
     })?;
     if inode.header.store_policy == STORE_POLICY_BTREE {
-        return Err(ResultCode::NO_SUPPORT);
+        // What was read is an index, which is copied by itself and has no counts.
+        (inode.table, inode.grefs) = (Vec::new(), Vec::new());
+    }
+    if params.size > max_size(inode.header.store_policy, params.shift) {
+        return Err(ResultCode::INVALID_PARMS);
     }
     Ok(inode)
 }
 
 async fn write_base_grefs(sheep: &Arc<Sheep>, base: &Inode) -> Result<(), ResultCode> {
+    if base.grefs.is_empty() {
+        return Ok(());
+    }
     let oid = Oid::inode(base.header.vdi_id);
     sheep.gateway.write_object(sheep, oid, GREF_OFFSET as u64, base.encode_grefs()).await
 }
@@ -203,25 +255,20 @@ async fn snapshot(
     working: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    let header = read_lookup_header(sheep, working).await.map_err(|_| ResultCode::BASE_VDI_READ)?;
-    if header.store_policy == STORE_POLICY_BTREE {
-        return Err(ResultCode::NO_SUPPORT);
-    }
+    read_lookup_header(sheep, working).await.map_err(|_| ResultCode::BASE_VDI_READ)?;
+    check_writable(sheep, params, working, ResultCode::BASE_VDI_WRITE)?;
     announce(sheep, working, vid, params).await?;
     // Only now the table is final: from the announcement on, new entries of the old vid are refused.
     map::settle_snapshot(sheep, working).await;
-    let _no_updates = sheep.gateway.map_barrier(working).await;
-    let before = read_base(sheep, working).await?;
+    let _no_updates = hold(sheep, working).await;
+    let before = read_base(sheep, working, params).await?;
     let mut base = before.clone();
     base.count_copy();
     let time = inode_time();
     write_base_grefs(sheep, &base).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
     mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
     let child = child_of(&base, params, vid, before.header.snap_id.wrapping_add(1), time);
-    if let Err(code) = write_child(sheep, &child).await {
-        return Err(restore_base(sheep, &before, code).await);
-    }
-    Ok(vid)
+    write_derived(sheep, &before, child).await
 }
 
 async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), ResultCode> {
@@ -231,24 +278,24 @@ async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), 
 
 async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    let _no_updates = sheep.gateway.map_barrier(base).await;
-    let before = read_base(sheep, base).await?;
+    let _no_updates = hold(sheep, base).await;
+    let before = read_base(sheep, base, params).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
     }
+    check_writable(sheep, params, base, ResultCode::BASE_VDI_WRITE)?;
     // A base of another policy keeps its own on all nodes only if it is not named (spec 05, section 7).
-    // Under -R the table's parents decide which ids are free again: there the base must be named.
+    // Under -R the table's parents decide which ids are free again, and in hypervolumes which blocks are: there the base
+    // must be named.
+    let hyper = before.header.store_policy == STORE_POLICY_BTREE;
     let same_policy = before.header.copy_policy == params.policy.to_byte();
     let recycle = sheep.views.load().flags.contains(ClusterFlags::RECYCLE_VID);
-    announce(sheep, if same_policy || recycle { base } else { VdiId::NONE }, vid, params).await?;
+    announce(sheep, if same_policy || recycle || hyper { base } else { VdiId::NONE }, vid, params).await?;
     let mut counted = before.clone();
     counted.count_copy();
     write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
     let child = child_of(&counted, params, vid, found.next_snap_id, inode_time());
-    if let Err(code) = write_child(sheep, &child).await {
-        return Err(restore_base(sheep, &before, code).await);
-    }
-    Ok(vid)
+    write_derived(sheep, &before, child).await
 }
 
 /// The working VDI becomes a snapshot and the name goes on from `base` (spec 05, section 8 b).
@@ -260,11 +307,12 @@ async fn live_rollback(
     base: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    let _no_updates = sheep.gateway.map_barrier(base).await;
-    let before = read_base(sheep, base).await?;
+    let _no_updates = hold(sheep, base).await;
+    let before = read_base(sheep, base, params).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
     }
+    check_writable(sheep, params, base, ResultCode::VDI_WRITE)?;
     announce(sheep, working, vid, params).await?;
     map::settle_snapshot(sheep, working).await;
     let time = inode_time();
@@ -273,8 +321,5 @@ async fn live_rollback(
     counted.count_copy();
     write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::VDI_WRITE)?;
     let child = child_of(&counted, params, vid, found.next_snap_id, time);
-    if let Err(code) = write_child(sheep, &child).await {
-        return Err(restore_base(sheep, &before, code).await);
-    }
-    Ok(vid)
+    write_derived(sheep, &before, child).await
 }

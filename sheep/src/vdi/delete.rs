@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sheepdog_proto::btree::{BTREE_NODE_LEN, BtreeNode, LeafEntry};
 use sheepdog_proto::header::VdiResponse;
 use sheepdog_proto::inode::{
     GREF_OFFSET, INODE_HEADER_LEN, InodeHeader, STORE_POLICY_BTREE, TABLE_OFFSET, table_offset,
@@ -12,6 +11,7 @@ use sheepdog_proto::{Oid, Request, ResultCode, VdiId};
 
 use super::lookup::{Query, lookup};
 use super::objects::{Inode, read_inode};
+use super::tree;
 use crate::gateway::map;
 use crate::sheep::Sheep;
 
@@ -31,7 +31,7 @@ pub async fn del_vdi(
     let vid = lookup(sheep, &query).await.result?;
     let inode = read_inode(sheep, vid).await?;
     if inode.header.store_policy == STORE_POLICY_BTREE {
-        remove_tree(sheep, vid).await?;
+        tree::free_blocks(sheep, vid).await?;
     } else {
         clear_table(sheep, vid, &inode).await?;
     }
@@ -51,7 +51,7 @@ async fn clear_table(sheep: &Arc<Sheep>, vid: VdiId, inode: &Inode) -> Result<()
     for (i, chunk) in inode.table.chunks(BATCH).enumerate() {
         if chunk.iter().any(|v| *v != 0) {
             let zeros = sheepdog_buffer::zeros(chunk.len() * 4);
-            map::update(sheep, vid, table_offset((i * BATCH) as u32), zeros).await?;
+            map::update(sheep, vid, table_offset((i * BATCH) as u32), zeros, map::By::Client).await?;
         }
     }
     Ok(())
@@ -60,39 +60,6 @@ async fn clear_table(sheep: &Arc<Sheep>, vid: VdiId, inode: &Inode) -> Result<()
 async fn clear_rest(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
     let inode = read_inode(sheep, vid).await?;
     clear_table(sheep, vid, &inode).await
-}
-
-fn absent_is_fine(result: Result<(), ResultCode>) -> Result<(), ResultCode> {
-    if result == Err(ResultCode::NO_OBJ) { Ok(()) } else { result }
-}
-
-/// Removes every block that a hypervolume owns, and its index nodes.
-async fn remove_tree(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
-    let root = sheep.gateway.read_object(sheep, Oid::inode(vid), TABLE_OFFSET as u64, BTREE_NODE_LEN).await?;
-    let leaves = match BtreeNode::decode(&root) {
-        BtreeNode::Leaf(entries) => return remove_blocks(sheep, vid, &entries).await,
-        BtreeNode::Inner(entries) => entries,
-    };
-    for leaf in leaves {
-        match sheep.gateway.read_object(sheep, leaf.oid, 0, BTREE_NODE_LEN).await {
-            Ok(bytes) => {
-                if let BtreeNode::Leaf(entries) = BtreeNode::decode(&bytes) {
-                    remove_blocks(sheep, vid, &entries).await?;
-                }
-                absent_is_fine(sheep.gateway.remove_object(sheep, leaf.oid).await)?;
-            }
-            Err(ResultCode::NO_OBJ) => {}
-            Err(code) => return Err(code),
-        }
-    }
-    Ok(())
-}
-
-async fn remove_blocks(sheep: &Arc<Sheep>, vid: VdiId, entries: &[LeafEntry]) -> Result<(), ResultCode> {
-    for entry in entries.iter().filter(|e| e.vdi_id == vid.get()) {
-        absent_is_fine(sheep.gateway.remove_object(sheep, Oid::data(vid, entry.idx)).await)?;
-    }
-    Ok(())
 }
 
 async fn remove_vmstate(sheep: &Arc<Sheep>, header: &InodeHeader) -> Result<(), ResultCode> {

@@ -58,6 +58,15 @@ impl Lock {
         }
     }
 
+    /// The VDI became a snapshot and its name goes on as `next`: whoever had it alone still has. Those that share a VDI
+    /// lock the new one themselves (spec 01, 17.2).
+    pub fn carry_over(&mut self, next: &mut Lock) {
+        if let (Lock::Locked(owner), Lock::Unlocked) = (&*self, &*next) {
+            *next = Lock::Locked(*owner);
+            *self = Lock::Unlocked;
+        }
+    }
+
     /// `node` left the cluster: it no longer takes part; a normal lock stays.
     pub fn drop_participant(&mut self, node: NodeId) {
         if let Lock::Shared(list) = self {
@@ -174,6 +183,20 @@ mod tests {
         lock.release(node(1), TYPE_SHARED);
         lock.release(node(2), TYPE_SHARED);
         assert_eq!(lock, Lock::Unlocked);
+    }
+
+    #[test]
+    fn a_normal_lock_goes_with_the_working_vdi_and_a_shared_one_stays() {
+        let (mut old, mut new) = (Lock::Locked(node(1)), Lock::Unlocked);
+        old.carry_over(&mut new);
+        assert_eq!((&old, &new), (&Lock::Unlocked, &Lock::Locked(node(1))));
+        let taken = Lock::Locked(node(2));
+        let mut other = taken.clone();
+        new.carry_over(&mut other);
+        assert_eq!((new, other), (Lock::Locked(node(1)), taken), "what is locked stays so");
+        let (mut shared, mut next) = (Lock::Shared(vec![(node(1), Modified)]), Lock::Unlocked);
+        shared.carry_over(&mut next);
+        assert_eq!(next, Lock::Unlocked);
     }
 
     #[test]

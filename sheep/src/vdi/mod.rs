@@ -9,3 +9,4 @@ pub mod objects;
 pub mod orphans;
 pub mod reclaim;
 pub mod table;
+pub mod tree;

@@ -140,7 +140,7 @@ async fn is_dead(sheep: &Arc<Sheep>, family: &[VdiId]) -> Result<bool, ResultCod
 }
 
 /// The sets of vids that links connect. `VdiId::NONE` connects nothing.
-fn families(links: &[(VdiId, VdiId)]) -> Vec<Vec<VdiId>> {
+pub(super) fn families(links: &[(VdiId, VdiId)]) -> Vec<Vec<VdiId>> {
     let mut neighbours: BTreeMap<VdiId, Vec<VdiId>> = BTreeMap::new();
     for (vid, parent) in links {
         neighbours.entry(*vid).or_default();

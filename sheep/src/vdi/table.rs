@@ -305,6 +305,18 @@ impl VdiTable {
         self.tables.write().entries.get_mut(&vid).map(|e| change(&mut e.lock))
     }
 
+    /// NEW_VDI made `new` the working VDI of a name whose working VDI was its parent here: the lock goes along.
+    pub fn carry_lock_over(&self, new: VdiId) {
+        let mut t = self.tables.write();
+        let Some(mut next) = t.entries.get(&new).map(|e| (e.parent, e.lock.clone())) else { return };
+        if let Some(old) = t.entries.get_mut(&next.0) {
+            old.lock.carry_over(&mut next.1);
+        }
+        if let Some(entry) = t.entries.get_mut(&new) {
+            entry.lock = next.1;
+        }
+    }
+
     /// Runs `change` on every lock (a node left).
     pub fn for_each_lock(&self, mut change: impl FnMut(&mut Lock)) {
         self.tables.write().entries.values_mut().for_each(|e| change(&mut e.lock));

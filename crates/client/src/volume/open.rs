@@ -77,7 +77,7 @@ async fn find(
     }
     let mut attempt = 0;
     loop {
-        let error = match vdi::lock(service, name).await {
+        let error = match vdi::lock(service, name, STORE_POLICY_BTREE).await {
             Ok(info) => return Ok((info.vid, true)),
             Err(error) => error,
         };
@@ -87,7 +87,7 @@ async fn find(
             Some(ResultCode::COLLECTING_CINFO) if attempt < MAX_LOCK_ATTEMPTS => {
                 tokio::time::sleep(LOCK_PAUSE).await;
             }
-            // Hypervolumes cannot be locked: clients that do not know their index must not get in.
+            // Sheep before 2.1 lock no hypervolumes.
             Some(ResultCode::INVALID_PARMS) => {
                 let info = vdi::lookup(service, name, None).await?;
                 let header = vdi::read_header(service, info.vid).await?;
@@ -262,9 +262,6 @@ impl Inner {
         if self.vid() != seen {
             return Ok(true); // somebody else did it
         }
-        if matches!(self.map, Map::Tree(_)) {
-            return Err(VolumeError::Refused { what: "write to a hypervolume", code: ResultCode::READONLY });
-        }
         let vid = match vdi::lookup(&*self.service, &self.name, None).await {
             Ok(info) => info.vid,
             Err(error) => return Err(lookup_error(&self.name, error)),
@@ -278,7 +275,10 @@ impl Inner {
             Err(error) if error.code() == Some(ResultCode::NO_OBJ) => return Ok(false),
             Err(error) => return Err(VolumeError::from_client("read of the inode header", error)),
         };
-        if self.descends_from(&header, seen).await {
+        if matches!(self.map, Map::Tree(_)) {
+            // Its index has nodes of its own.
+            self.reload_all(vid).await?;
+        } else if self.descends_from(&header, seen).await {
             // The new working VDI starts as a copy: what is known of the table stays right.
             self.adopt(header)?;
         } else {

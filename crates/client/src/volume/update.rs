@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use sheepdog_proto::btree::BTREE_NODE_LEN;
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::inode::{InodeHeader, table_offset};
-use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use tokio::sync::oneshot;
 
 use super::error::During;
@@ -122,6 +122,27 @@ impl Inner {
         tree: &Mutex<IndexTree>,
         entries: &BTreeMap<u32, u32>,
     ) -> Result<(), VolumeError> {
+        let mut attempt = 0;
+        loop {
+            let vid = self.vid();
+            let error = match self.try_tree(tree, vid, entries).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            let VolumeError::Refused { code, .. } = error else { return Err(error) };
+            let Some(stale) = Stale::of(code) else { return Err(error) };
+            // The new working VDI has an index of its own, which is read again; the entries belong into it.
+            self.catch_up(stale, vid, attempt).await?;
+            attempt += 1;
+        }
+    }
+
+    async fn try_tree(
+        &self,
+        tree: &Mutex<IndexTree>,
+        vdi: VdiId,
+        entries: &BTreeMap<u32, u32>,
+    ) -> Result<(), VolumeError> {
         for (idx, vid) in entries {
             loop {
                 let set = tree.lock().set(*idx, *vid);
@@ -139,7 +160,7 @@ impl Inner {
             (tree.take_writes(), tree.counter())
         };
         for write in writes {
-            if let Err(error) = self.write_node(write, counter).await {
+            if let Err(error) = self.write_node(vdi, write, counter).await {
                 tree.lock().rewrite_all();
                 return Err(error);
             }
@@ -147,8 +168,8 @@ impl Inner {
         Ok(())
     }
 
-    async fn write_node(&self, write: NodeWrite, counter: u32) -> Result<(), VolumeError> {
-        let inode = Oid::inode(self.vid());
+    async fn write_node(&self, vdi: VdiId, write: NodeWrite, counter: u32) -> Result<(), VolumeError> {
+        let inode = Oid::inode(vdi);
         match write {
             NodeWrite::Counter(n) => {
                 let bytes = Bytes::copy_from_slice(&n.to_le_bytes());

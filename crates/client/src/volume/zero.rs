@@ -120,6 +120,7 @@ impl Inner {
                 guards.push(inner.locks.acquire(*idx, 0..inner.block_size()).await);
             }
             inner.ensure_working().await?;
+            let vid = inner.vid();
             let mut entries = Vec::new();
             let mut own = Vec::new();
             for idx in blocks {
@@ -127,12 +128,13 @@ impl Inner {
                 if owner != 0 {
                     entries.push((idx, 0));
                 }
-                if owner == inner.vid().get() {
+                if owner == vid.get() {
                     own.push(Oid::data(VdiId::new(owner), idx));
                 }
             }
             inner.update_table(entries).await?;
-            if matches!(inner.map, Map::Tree(_)) {
+            // A snapshot taken meanwhile may name them.
+            if matches!(inner.map, Map::Tree(_)) && inner.vid() == vid {
                 // Nobody counts references in hypervolumes: the objects are removed here.
                 inner.remove_objects(own).await?;
             }

@@ -83,6 +83,10 @@ pub mod order {
     pub const RECALL: u8 = 7;
     /// Which of these writes stand and which are undone. Payload: the verdicts.
     pub const DECIDE: u8 = 8;
+    /// Read a strip as it is, by index (`kind`), offset and length.
+    pub const READ_STRIP: u8 = 9;
+    /// Overwrite part of a strip that is not being written, by index (`kind`) and offset. Payload: the bytes.
+    pub const WRITE_STRIP: u8 = 10;
     /// Keep updates of a VDI's table out until LET_GO. Payload: the sender's node id; `serial` names the hold.
     pub const HOLD: u8 = 16;
     /// End a hold.

@@ -108,6 +108,8 @@ struct Undo {
 #[derive(Default)]
 struct Unsettled {
     regions: u64,
+    /// Known from the side file alone: this process knows no write of it.
+    remembered: bool,
     settled: Arc<Notify>,
 }
 
@@ -183,8 +185,10 @@ impl Intents {
             std::fs::read(&path).unwrap_or_default().chunks_exact(8).map(Oid::get).collect();
         let now = Instant::now();
         let objects: HashMap<Oid, Instant> = oids.iter().map(|oid| (*oid, now)).collect();
-        let unsettled: HashMap<Oid, Unsettled> =
-            oids.iter().map(|oid| (*oid, Unsettled { regions: u64::MAX, ..Unsettled::default() })).collect();
+        let unsettled: HashMap<Oid, Unsettled> = oids
+            .iter()
+            .map(|oid| (*oid, Unsettled { regions: u64::MAX, remembered: true, ..Unsettled::default() }))
+            .collect();
         Intents {
             path,
             durable: store.is_some_and(|s| s.sync_mode() != SyncMode::NoSync),
@@ -411,6 +415,11 @@ impl Intents {
     /// Regions of an object that are not settled.
     pub fn regions(&self, oid: Oid) -> u64 {
         self.unsettled.lock().get(&oid).map_or(0, |u| u.regions)
+    }
+
+    /// Whether it is not known what of the object is not settled, as this process did not see its last writes.
+    pub fn is_remembered(&self, oid: Oid) -> bool {
+        self.unsettled.lock().get(&oid).is_some_and(|u| u.remembered)
     }
 
     /// Waits until the object is settled.

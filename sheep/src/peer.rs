@@ -77,12 +77,27 @@ async fn admit_write(
     sheep: &Arc<Sheep>,
     request: &Request,
     oid: Oid,
+    wanted: Wanted<'_>,
+) -> Result<(Arc<View>, Pass), ResultCode> {
+    tokio::time::timeout(PARK_LIMIT, admit_write_when_ready(sheep, request, oid, wanted))
+        .await
+        .unwrap_or(Err(ResultCode::NETWORK_ERROR))
+}
+
+async fn admit_write_when_ready(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+    wanted: Wanted<'_>,
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
-        let view = admit(sheep, request, oid).await?;
+        let view = admit_when_ready(sheep, request, oid).await?;
         match sheep.gate.enter_to_acknowledge(request.epoch) {
-            // In this order: whoever holds an object waits for the passes given out before.
-            Some(pass) if !sheep.holds.is_held(oid) => return Ok((view, pass)),
+            // In this order: whoever holds an object waits for the passes given out before. A gateway that gave up
+            // meanwhile has sent the request again, and newer ones after it.
+            Some(pass) if !sheep.holds.is_held(oid) => {
+                return if wanted() { Ok((view, pass)) } else { Err(ResultCode::NETWORK_ERROR) };
+            }
             Some(pass) => {
                 drop(pass);
                 sheep.holds.released(oid).await;
@@ -95,14 +110,17 @@ async fn admit_write(
     }
 }
 
+/// Whether whoever sent a request still waits for its answer.
+pub type Wanted<'a> = &'a (dyn Fn() -> bool + Send + Sync);
+
 /// Executes a peer request.
-pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
+pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, wanted: Wanted<'_>) -> Reply {
     let _active = sheep.stats.peer(&request);
     let outcome = match request.opcode {
         Opcode::READ_PEER => return read(sheep, &request).await,
-        Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER => write(sheep, &request, payload).await,
-        Opcode::REMOVE_PEER => remove(sheep, &request).await,
-        Opcode::DECREF_PEER => decref(sheep, &request).await,
+        Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER => write(sheep, &request, payload, wanted).await,
+        Opcode::REMOVE_PEER => remove(sheep, &request, wanted).await,
+        Opcode::DECREF_PEER => decref(sheep, &request, wanted).await,
         _ => Err(ResultCode::INVALID_PARMS),
     };
     failed(&request, acknowledged(sheep, outcome.err().unwrap_or(ResultCode::SUCCESS)))
@@ -211,12 +229,17 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     }
 }
 
-async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {
+async fn write(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: Bytes,
+    wanted: Wanted<'_>,
+) -> Result<(), ResultCode> {
     let body = request.obj();
     if !request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
     }
-    let (view, _pass) = admit_write(sheep, request, body.oid).await?;
+    let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
@@ -255,19 +278,19 @@ fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Resul
     Ok(())
 }
 
-async fn remove(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {
+async fn remove(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.obj();
-    let (view, _pass) = admit_write(sheep, request, body.oid).await?;
+    let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
     sheep.tombstones.add(body.oid, view.epoch);
     store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))
 }
 
-async fn decref(sheep: &Arc<Sheep>, request: &Request) -> Result<(), ResultCode> {
+async fn decref(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.reference();
     let remove_data = {
-        let (view, _pass) = admit_write(sheep, request, body.oid).await?;
+        let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
         let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
         let last = reclaim::drop_in_ledger(sheep, store, &body).await?;
         last && view.my_position(body.oid, sheep.copies_of(body.oid, &view)) == Some(0)

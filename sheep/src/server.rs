@@ -248,7 +248,7 @@ impl Connection {
             Class::Gateway => gateway::execute(sheep, request, payload).await,
             // A gateway that gave up has sent the request again elsewhere, and newer ones after it.
             Class::Peer if self.writer.is_reset() => result(&request, ResultCode::NETWORK_ERROR),
-            Class::Peer => peer::execute(sheep, request, payload).await,
+            Class::Peer => peer::execute(sheep, request, payload, &|| !self.writer.is_reset()).await,
             Class::Local(handler) => handler(sheep, request, payload).await,
             Class::Cluster(..) => sheep.cluster.submit(request, payload).await,
         };

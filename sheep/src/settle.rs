@@ -7,20 +7,24 @@
 //!
 //! *Coded objects.* The homes of the epoch of the write decide whether it stands: it does if all of them that are here
 //! have it, or if one knows that it was done; else it is undone where it is, before anybody reads or rebuilds a strip.
-//! The first of these homes asks and tells.
+//! The first of these homes asks and tells. After a loss of all nodes nobody remembers the writes: then the first home
+//! makes parity fit the data strips as they are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
+use sheepdog_erasure::STRIPE;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode, Wire};
 use sheepdog_store::{Replica, StoreError};
 
 use crate::cluster::ops::epoch_log;
+use crate::gateway::coded::{assemble, code_of, encode};
 use crate::gateway::grants::first_home;
 use crate::gateway::object::is_coded;
 use crate::gateway::sequencer::at_epoch;
@@ -43,6 +47,8 @@ const QUIET: Duration = Duration::from_secs(5);
 const QUIET_PAUSE: Duration = Duration::from_millis(5);
 /// Bytes read at once when regions are taken over.
 const STEP: u64 = 1 << 20;
+/// Bytes of each strip looked at together when parity is mended; whole units for every code.
+const STRIP_STEP: u64 = 256 << 10;
 
 /// Settles what is unsettled here, until all is or the epoch ends.
 pub fn start(sheep: &Arc<Sheep>, epoch: Epoch) {
@@ -80,7 +86,11 @@ async fn settle(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), Result
         for (written, ids) in sheep.intents.open_writes(oid) {
             settle_strips(sheep, oid, written, &ids, epoch).await?;
         }
-        return Ok(());
+        return if sheep.intents.is_remembered(oid) {
+            settle_parity(sheep, oid, epoch).await
+        } else {
+            Ok(())
+        };
     }
     let leader = first_home(&view, oid).ok_or(ResultCode::WAIT_FOR_JOIN)?;
     let regions = sheep.intents.regions(oid);
@@ -396,6 +406,164 @@ pub async fn undo_strips(
     Ok(())
 }
 
+/// Parity of an object that was being written when all nodes were lost.
+async fn settle_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
+    let view = at_epoch(sheep, epoch).await?;
+    let leader = first_home(&view, oid).ok_or(ResultCode::WAIT_FOR_JOIN)?;
+    if leader == sheep.me {
+        return mend_parity(sheep, oid, epoch).await;
+    }
+    let body = OrderRequest { oid, what: order::SETTLE, ..OrderRequest::zeroed() };
+    match ask(sheep, leader, body, Bytes::new(), epoch, SETTLE_DEADLINE).await {
+        Err(ResultCode::INVALID_PARMS) | Ok(_) => Ok(()),
+        Err(code) => Err(code),
+    }
+}
+
+/// The first home: computes parity from the data strips and replaces what does not fit. All strips must be there; what is
+/// being written at this moment is left alone, as it is written on all strips.
+pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
+    let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
+    let view = at_epoch(sheep, epoch).await?;
+    let code = code_of(sheep.redundancy(oid.vid(), &view).policy)?;
+    let homes: Vec<NodeId> = view.ring.nodes_of(oid, code.strips()).map(|n| n.nid).collect();
+    let (_, size) = sheep.named_replica(oid, 0, &view);
+    let unit = STRIPE / code.data_strips();
+    if homes.len() == code.strips() {
+        for offset in (0..size).step_by(STRIP_STEP as usize) {
+            let len = (size - offset).min(STRIP_STEP) as usize;
+            let read =
+                |(index, home): (usize, &NodeId)| read_strip(sheep, *home, oid, index, offset, len, epoch);
+            let strips: Result<Vec<Bytes>, ResultCode> =
+                join_all(homes.iter().enumerate().map(read)).await.into_iter().collect();
+            let strips = match strips {
+                // Not all strips are there: recovery computes those that are not.
+                Err(ResultCode::NO_OBJ | ResultCode::INVALID_PARMS) => break,
+                other => other?,
+            };
+            let data = strips[..code.data_strips()].iter().cloned().enumerate().collect();
+            let object = assemble(code, data, len * code.data_strips()).map_err(|f| f.code)?;
+            let fitting = encode(code, &object, code.strips()).map_err(|f| f.code)?;
+            for index in code.data_strips()..code.strips() {
+                for range in differences(&strips[index], &fitting[index], unit) {
+                    tracing::info!("{oid}: strip {index} is made to fit at {}", offset + range.start as u64);
+                    let at = offset + range.start as u64;
+                    write_strip(sheep, homes[index], oid, index, at, fitting[index].slice(range), epoch)
+                        .await?;
+                }
+            }
+        }
+    }
+    for home in homes.iter().filter(|h| **h != sheep.me) {
+        let body = OrderRequest { oid, what: order::PULL, ..OrderRequest::zeroed() };
+        match ask(sheep, *home, body, Bytes::from(sheep.me.encode()), epoch, ASK_DEADLINE).await {
+            Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
+            Err(code) => return Err(code),
+        }
+    }
+    sheep.intents.settled(oid);
+    Ok(())
+}
+
+/// Where two strips differ, in whole units.
+fn differences(a: &[u8], b: &[u8], unit: usize) -> Vec<std::ops::Range<usize>> {
+    let mut out: Vec<std::ops::Range<usize>> = Vec::new();
+    for (i, (x, y)) in a.chunks(unit).zip(b.chunks(unit)).enumerate() {
+        let range = i * unit..i * unit + x.len();
+        match out.last_mut() {
+            _ if x == y => {}
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => out.push(range),
+        }
+    }
+    out
+}
+
+async fn read_strip(
+    sheep: &Arc<Sheep>,
+    home: NodeId,
+    oid: Oid,
+    index: usize,
+    offset: u64,
+    len: usize,
+    epoch: Epoch,
+) -> Result<Bytes, ResultCode> {
+    let replica = Replica { oid, strip: Some(index as u8) };
+    if home == sheep.me {
+        return strip_as_it_is(sheep, replica, offset, len).await;
+    }
+    let body = OrderRequest {
+        oid,
+        what: order::READ_STRIP,
+        kind: index as u8,
+        offset: offset as u32,
+        length: len as u32,
+        ..OrderRequest::zeroed()
+    };
+    let request = Request::new(Opcode::ORDER_PEER).epoch(epoch).length(len).with_order(body);
+    let reply = sheep.peers.control(&home, request, Bytes::new(), PULL_DEADLINE).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    reply.response.result.ok()?;
+    if reply.data.len() == len { Ok(reply.data) } else { Err(ResultCode::NETWORK_ERROR) }
+}
+
+/// A strip of this node, settled or not.
+pub async fn strip_as_it_is(
+    sheep: &Arc<Sheep>,
+    replica: Replica,
+    offset: u64,
+    len: usize,
+) -> Result<Bytes, ResultCode> {
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let (_, size) = sheep.named_replica(replica.oid, replica.strip.unwrap_or(0), &sheep.views.load());
+    crate::peer::check_range(offset, len as u64, size)?;
+    store.read(replica, offset, len).await.map_err(|e| fault(sheep, &e))
+}
+
+async fn write_strip(
+    sheep: &Arc<Sheep>,
+    home: NodeId,
+    oid: Oid,
+    index: usize,
+    offset: u64,
+    data: Bytes,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let replica = Replica { oid, strip: Some(index as u8) };
+    if home == sheep.me {
+        return mend_strip(sheep, replica, offset, data, epoch).await;
+    }
+    let body = OrderRequest {
+        oid,
+        what: order::WRITE_STRIP,
+        kind: index as u8,
+        offset: offset as u32,
+        ..OrderRequest::zeroed()
+    };
+    ask(sheep, home, body, data, epoch, PULL_DEADLINE).await.map(drop)
+}
+
+/// A home: overwrites part of a strip, unless the object is being written.
+pub async fn mend_strip(
+    sheep: &Arc<Sheep>,
+    replica: Replica,
+    offset: u64,
+    data: Bytes,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let view = at_epoch(sheep, epoch).await?;
+    let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+    let (_, size) = sheep.named_replica(replica.oid, replica.strip.unwrap_or(0), &view);
+    crate::peer::check_range(offset, data.len() as u64, size)?;
+    let _held = sheep.holds.hold(replica.oid).await;
+    sheep.gate.drain().await;
+    if sheep.intents.is_busy(replica.oid) {
+        return Ok(());
+    }
+    let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+    store.write(replica, size, offset, data).await.map_err(|e| fault(sheep, &e))
+}
+
 async fn recall(
     sheep: &Arc<Sheep>,
     home: NodeId,
@@ -483,6 +651,14 @@ mod tests {
         assert!(stands(&[Applied, Kept]));
         assert!(!stands(&[Applied, Absent]));
         assert!(!stands(&[Applied, Undone]));
+    }
+
+    #[test]
+    fn strips_are_compared_in_whole_units() {
+        assert_eq!(differences(&[0; 16], &[0; 16], 4), []);
+        let mut other = [0; 20];
+        (other[5], other[8], other[19]) = (1, 1, 1);
+        assert_eq!(differences(&[0; 20], &other, 4), [4..12, 16..20]);
     }
 
     #[test]

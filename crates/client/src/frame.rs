@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -101,7 +102,12 @@ pub fn split(stream: Stream) -> (FrameReader, FrameWriter) {
         }
     };
     let reader = FrameReader { half: read, buffer: None, start: 0, end: 0 };
-    let shared = Arc::new(Shared { half: write, state: Mutex::default(), wake: Notify::new() });
+    let shared = Arc::new(Shared {
+        half: write,
+        state: Mutex::default(),
+        wake: Notify::new(),
+        reset: AtomicBool::new(false),
+    });
     tokio::spawn(write_queued(shared.clone()));
     (reader, FrameWriter { shared })
 }
@@ -224,6 +230,7 @@ struct Shared {
     half: WriteHalf,
     state: Mutex<State>,
     wake: Notify,
+    reset: AtomicBool,
 }
 
 impl Shared {
@@ -353,10 +360,19 @@ impl FrameWriter {
 
     /// Whether the other side has reset the connection: it no longer wants what it asked for.
     pub fn is_reset(&self) -> bool {
-        match &self.shared.half {
+        // The system tells it once.
+        let told = || match &self.shared.half {
             WriteHalf::Tcp(half) => !matches!(half.as_ref().take_error(), Ok(None)),
             WriteHalf::Unix(half) => !matches!(half.as_ref().take_error(), Ok(None)),
+        };
+        if self.shared.reset.load(Ordering::Acquire) {
+            return true;
         }
+        let reset = told();
+        if reset {
+            self.shared.reset.store(true, Ordering::Release);
+        }
+        reset
     }
 
     /// Ends the connection after what is queued; later frames are dropped.

@@ -167,7 +167,7 @@ fn broken(error: sheepdog_erasure::Error) -> Failure {
 }
 
 /// The first `count` strips of whole stripes.
-fn encode(code: Code, stripes: &[u8], count: usize) -> Result<Vec<Bytes>, Failure> {
+pub fn encode(code: Code, stripes: &[u8], count: usize) -> Result<Vec<Bytes>, Failure> {
     let len = stripes.len() / code.data_strips();
     let mut strips: Vec<PageBuf> = (0..count.min(code.strips())).map(|_| PageBuf::dirty(len)).collect();
     let mut slices: Vec<&mut [u8]> = strips.iter_mut().map(|s| &mut s[..]).collect();
@@ -175,8 +175,8 @@ fn encode(code: Code, stripes: &[u8], count: usize) -> Result<Vec<Bytes>, Failur
     Ok(strips.into_iter().map(PageBuf::freeze).collect())
 }
 
-/// Whole stripes from any `d` strips.
-fn assemble(code: Code, mut strips: Vec<(usize, Bytes)>, len: usize) -> Result<PageBuf, Failure> {
+/// Whole stripes, `len` bytes, from any `d` strips.
+pub fn assemble(code: Code, mut strips: Vec<(usize, Bytes)>, len: usize) -> Result<PageBuf, Failure> {
     strips.sort_by_key(|(index, _)| *index);
     let data = code.data_strips();
     let inputs: Vec<(usize, &[u8])> = strips.iter().map(|(index, strip)| (*index, &strip[..])).collect();

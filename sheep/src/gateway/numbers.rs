@@ -11,16 +11,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use sheepdog_proto::header::{OrderRequest, order};
-use sheepdog_proto::{Flags, NodeId, Opcode, Request, ResultCode};
+use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::intents::WriteId;
 use crate::sheep::Sheep;
+use crate::view::View;
 
 /// Between a write's end and telling homes of it; others that end meanwhile are told along with it.
 const TELL_AFTER: Duration = Duration::from_millis(30);
-/// A write that ended without a known outcome counts as done after this: by then its epoch was settled.
+/// A write that ended without a known outcome counts as done when its epoch is over and this has passed: by then it was
+/// settled.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 /// What could not be told is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
@@ -31,7 +33,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 struct State {
     last: u32,
     outstanding: BTreeSet<u32>,
-    abandoned: Vec<(Instant, u32)>,
+    abandoned: Vec<(Instant, Epoch, u32)>,
     /// Homes written to since they were told last.
     untold: HashSet<NodeId>,
     /// Nodes of the original, which need not know.
@@ -86,7 +88,7 @@ impl Drop for Number {
     fn drop(&mut self) {
         if !self.over {
             let mut state = self.sheep.gateway.numbers.state.lock();
-            state.abandoned.push((Instant::now(), self.id.seq));
+            state.abandoned.push((Instant::now(), self.sheep.views.epoch(), self.id.seq));
         }
     }
 }
@@ -118,20 +120,20 @@ impl Numbers {
     }
 
     /// What homes are to be told: the highest number given out and those up to it that are not done.
-    fn news(&self, members: impl Iterator<Item = NodeId>) -> (u32, Vec<u32>, HashSet<NodeId>) {
+    fn news(&self, view: &View) -> (u32, Vec<u32>, HashSet<NodeId>) {
         let mut state = self.state.lock();
         let now = Instant::now();
         let State { abandoned, outstanding, untold, deaf, .. } = &mut *state;
         let before = abandoned.len();
-        abandoned.retain(|(at, seq)| {
-            let keep = now.duration_since(*at) < FORGET_AFTER;
+        abandoned.retain(|(at, epoch, seq)| {
+            let keep = now.duration_since(*at) < FORGET_AFTER || *epoch == view.epoch;
             if !keep {
                 outstanding.remove(seq);
             }
             keep
         });
         if abandoned.len() < before {
-            untold.extend(members.filter(|node| !deaf.contains(node)));
+            untold.extend(view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node)));
         }
         (state.last, state.outstanding.iter().copied().collect(), std::mem::take(&mut state.untold))
     }
@@ -150,7 +152,7 @@ pub async fn run(sheep: Arc<Sheep>) {
 fn tell(sheep: &Arc<Sheep>) {
     let numbers = &sheep.gateway.numbers;
     let view = sheep.views.load();
-    let (last, open, nodes) = numbers.news(view.members().iter().map(|n| n.nid));
+    let (last, open, nodes) = numbers.news(&view);
     if last == 0 {
         return; // nothing was ever written here
     }

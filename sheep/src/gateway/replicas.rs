@@ -40,7 +40,7 @@ pub async fn call(
     payload: Bytes,
 ) -> Result<Reply, Failure> {
     let reply = if node == sheep.me {
-        let mut reply = peer::execute(sheep, request, payload).await;
+        let mut reply = peer::execute(sheep, request, payload, &|| true).await;
         reply.response.epoch = sheep.views.epoch();
         reply
     } else {

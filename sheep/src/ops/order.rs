@@ -6,7 +6,9 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderResponse, order};
-use sheepdog_proto::{Epoch, NodeId, Request, Response, ResultCode, Wire};
+use sheepdog_proto::{Epoch, Flags, NodeId, Request, Response, ResultCode, Wire};
+
+use sheepdog_store::Replica;
 
 use super::{list, result};
 use crate::gateway::grants::Verdict;
@@ -27,6 +29,8 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::DONE => done(sheep, &request, &payload),
             order::RECALL => return recall(sheep, &request, &payload),
             order::DECIDE => decide(sheep, &request, &payload).await,
+            order::READ_STRIP => return read_strip(sheep, &request).await,
+            order::WRITE_STRIP => write_strip(sheep, &request, payload).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
@@ -74,8 +78,10 @@ async fn settle(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result
     let body = request.order();
     let view = sequencer::at_epoch(sheep, request.epoch).await?;
     if is_coded(body.oid, &sheep.redundancy(body.oid.vid(), &view)) {
-        let ids = settle::decode_ids(payload);
-        settle::judge(sheep, body.oid, Epoch(body.serial), &ids, request.epoch).await?;
+        match settle::decode_ids(payload) {
+            ids if ids.is_empty() => settle::mend_parity(sheep, body.oid, request.epoch).await?,
+            ids => settle::judge(sheep, body.oid, Epoch(body.serial), &ids, request.epoch).await?,
+        }
     } else {
         let reporter = NodeId::decode(payload).map_err(|_| ResultCode::INVALID_PARMS)?;
         settle::lead_for(sheep, body.oid, body.regions, reporter, request.epoch).await?;
@@ -103,6 +109,36 @@ fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
     let written = Epoch(body.serial);
     let ids = settle::decode_ids(payload);
     list(request, ids.iter().map(|id| sheep.intents.fate(body.oid, *id, written) as u8).collect())
+}
+
+fn named_strip(request: &Request) -> Replica {
+    let body = request.order();
+    Replica { oid: body.oid, strip: Some(body.kind) }
+}
+
+async fn read_strip(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    let body = request.order();
+    let strip = match request.data_length == body.length && !request.flags.contains(Flags::WRITE) {
+        true => {
+            settle::strip_as_it_is(sheep, named_strip(request), body.offset.into(), body.length as usize)
+                .await
+        }
+        false => Err(ResultCode::INVALID_PARMS),
+    };
+    match strip {
+        Ok(data) => crate::gateway::reply_data(request, data),
+        Err(code) => result(request, code),
+    }
+}
+
+async fn write_strip(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: Bytes,
+) -> Result<OrderResponse, ResultCode> {
+    let offset = request.order().offset.into();
+    settle::mend_strip(sheep, named_strip(request), offset, payload, request.epoch).await?;
+    Ok(OrderResponse::zeroed())
 }
 
 async fn decide(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {

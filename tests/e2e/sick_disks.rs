@@ -64,12 +64,12 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     cluster.kill9(3);
     cluster.wait_gathered();
     cluster.wipe(3);
-    small_disk(&mut cluster, 3, 48, 1 << 30);
+    small_disk(&mut cluster, 3, 32, 1 << 30);
     let vid = cluster.client().create_vdi("full", 64 * BLOCK).expect("create");
-    for block in 0..24 {
+    for block in 0..40 {
         assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
     }
-    // About 12 of 24 objects would be at home there, and there is no room for them.
+    // About 20 of 40 objects would be at home there, and there is no room for them.
     cluster.start(3);
     cluster.wait_running();
     let epoch = cluster.epoch(3).expect("it runs");
@@ -87,7 +87,7 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     assert_eq!(disks(&cluster, 3).len(), 1, "a full disk is no broken disk");
 
     // New objects that belong there are refused, whatever was written is right.
-    let codes: Vec<ResultCode> = (24..40).map(|block| create_whole(&mut cluster, vid, block)).collect();
+    let codes: Vec<ResultCode> = (40..56).map(|block| create_whole(&mut cluster, vid, block)).collect();
     assert!(codes.contains(&ResultCode::NO_SPACE) && codes.contains(&ResultCode::SUCCESS), "{codes:?}");
     assert!(codes.iter().all(|c| matches!(*c, ResultCode::NO_SPACE | ResultCode::SUCCESS)), "{codes:?}");
     assert!(cluster.nodes[3].is_running());
@@ -96,7 +96,7 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     cluster.kill9(3);
     cluster.wait_gathered();
     let mut client = cluster.client();
-    for block in (0..40).filter(|b| *b < 24 || codes[*b as usize - 24].is_ok()) {
+    for block in (0..56).filter(|b| *b < 40 || codes[*b as usize - 40].is_ok()) {
         let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
         assert_eq!(response.result, ResultCode::SUCCESS, "block {block}");
         assert!(data == whole(block, 1), "block {block}");

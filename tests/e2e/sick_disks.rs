@@ -182,3 +182,38 @@ fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
     assert_eq!(cluster.stop(1), Some(0));
     assert!(run("umount", "mount", &[&at]), "nothing of the node holds the disk");
 }
+
+/// W-17: one file that cannot be read is one missing replica: the disk and the node stay, clients are served by the others,
+/// and the next write or check puts it right.
+#[test]
+fn an_unreadable_file_is_one_missing_object() {
+    let mut cluster = Builder::new(3).disks(2).copies(3).start();
+    let vid = cluster.client().create_vdi("one", 8 * BLOCK).expect("create");
+    for block in 0..8 {
+        assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
+    }
+    for round in 0..2 {
+        let oid = Oid::data(vid, round);
+        let path = cluster.object_path(1, oid).expect("a replica");
+        fs::remove_file(&path).expect("remove");
+        // What opens, but is no file to read from.
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        let mut client = cluster.nodes[1].client();
+        for block in 0..8 {
+            let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
+            assert_eq!(response.result, ResultCode::SUCCESS, "block {block}");
+            assert!(data == whole(block, 1), "block {block}");
+        }
+        assert_eq!(disks(&cluster, 1).len(), 2, "the disk stays");
+        if round == 0 {
+            let data = whole(round, 1)[..4096].to_vec();
+            assert_eq!(client.write_obj(oid, 0, &data).expect("write"), ResultCode::SUCCESS);
+        } else {
+            let text = cluster.dog(&["vdi", "check", "one"]).ok();
+            assert!(text.contains(&format!("fixed missing {:x}", oid.0)) || text.contains("fixed"), "{text}");
+        }
+        assert!(path.is_file(), "round {round}: it is a file again");
+    }
+    assert_eq!(cluster.epoch(0), Some(1));
+    cluster.assert_replicas_equal(3);
+}

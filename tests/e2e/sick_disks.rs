@@ -64,12 +64,12 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     cluster.kill9(3);
     cluster.wait_gathered();
     cluster.wipe(3);
-    small_disk(&mut cluster, 3, 48, 1 << 30);
+    small_disk(&mut cluster, 3, 32, 1 << 30);
     let vid = cluster.client().create_vdi("full", 64 * BLOCK).expect("create");
-    for block in 0..24 {
+    for block in 0..40 {
         assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
     }
-    // About 12 of 24 objects would be at home there, and there is no room for them.
+    // About 20 of 40 objects would be at home there, and there is no room for them.
     cluster.start(3);
     cluster.wait_running();
     let epoch = cluster.epoch(3).expect("it runs");
@@ -87,7 +87,7 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     assert_eq!(disks(&cluster, 3).len(), 1, "a full disk is no broken disk");
 
     // New objects that belong there are refused, whatever was written is right.
-    let codes: Vec<ResultCode> = (24..40).map(|block| create_whole(&mut cluster, vid, block)).collect();
+    let codes: Vec<ResultCode> = (40..56).map(|block| create_whole(&mut cluster, vid, block)).collect();
     assert!(codes.contains(&ResultCode::NO_SPACE) && codes.contains(&ResultCode::SUCCESS), "{codes:?}");
     assert!(codes.iter().all(|c| matches!(*c, ResultCode::NO_SPACE | ResultCode::SUCCESS)), "{codes:?}");
     assert!(cluster.nodes[3].is_running());
@@ -96,7 +96,7 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
     cluster.kill9(3);
     cluster.wait_gathered();
     let mut client = cluster.client();
-    for block in (0..40).filter(|b| *b < 24 || codes[*b as usize - 24].is_ok()) {
+    for block in (0..56).filter(|b| *b < 40 || codes[*b as usize - 40].is_ok()) {
         let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
         assert_eq!(response.result, ResultCode::SUCCESS, "block {block}");
         assert!(data == whole(block, 1), "block {block}");
@@ -154,6 +154,24 @@ fn a_disk_that_becomes_read_only_is_replaced_by_the_others() {
     });
 }
 
+#[test]
+fn a_disk_that_is_unmounted_is_given_up() {
+    if in_own_mounts("sick_disks::a_disk_that_is_unmounted_is_given_up") {
+        return;
+    }
+    let mut cluster = Builder::new(3).disks(2).copies(2).disk_size(1 << 30).start();
+    assert_eq!(cluster.stop(1), Some(0));
+    cluster.wipe(1);
+    let disk = cluster.nodes[1].disks[1].clone();
+    mount(&["-t", "tmpfs", "-o", "size=256m", "tmpfs"], &disk);
+    cluster.nodes[1].disks.iter().for_each(|disk| set_size(disk, 1 << 30));
+    cluster.start(1);
+    cluster.wait_gathered();
+    lose_under_load(&mut cluster, |disk| {
+        assert!(run("umount", "mount", &["-l", &disk.display().to_string()]));
+    });
+}
+
 /// An ext4 that aborts: writes fail with EIO and EROFS, reads go on. Needs root and a loop device.
 #[test]
 fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
@@ -181,4 +199,39 @@ fn a_disk_whose_file_system_fails_is_replaced_by_the_others() {
     cluster.nodes[1].disks.push(disk.clone());
     assert_eq!(cluster.stop(1), Some(0));
     assert!(run("umount", "mount", &[&at]), "nothing of the node holds the disk");
+}
+
+/// W-17: one file that cannot be read is one missing replica: the disk and the node stay, clients are served by the others,
+/// and the next write or check puts it right.
+#[test]
+fn an_unreadable_file_is_one_missing_object() {
+    let mut cluster = Builder::new(3).disks(2).copies(3).start();
+    let vid = cluster.client().create_vdi("one", 8 * BLOCK).expect("create");
+    for block in 0..8 {
+        assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
+    }
+    for round in 0..2 {
+        let oid = Oid::data(vid, round);
+        let path = cluster.object_path(1, oid).expect("a replica");
+        fs::remove_file(&path).expect("remove");
+        // What opens, but is no file to read from.
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        let mut client = cluster.nodes[1].client();
+        for block in 0..8 {
+            let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
+            assert_eq!(response.result, ResultCode::SUCCESS, "block {block}");
+            assert!(data == whole(block, 1), "block {block}");
+        }
+        assert_eq!(disks(&cluster, 1).len(), 2, "the disk stays");
+        if round == 0 {
+            let data = whole(round, 1)[..4096].to_vec();
+            assert_eq!(client.write_obj(oid, 0, &data).expect("write"), ResultCode::SUCCESS);
+        } else {
+            // Unless the reads have put it right already.
+            cluster.dog(&["vdi", "check", "one"]).ok();
+        }
+        assert!(path.is_file(), "round {round}: it is a file again");
+    }
+    assert_eq!(cluster.epoch(0), Some(1));
+    cluster.assert_replicas_equal(3);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -31,6 +31,8 @@ pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     /// `user.md.size`, in bytes.
     pub(crate) size: u64,
+    /// Device of the directory when it was opened.
+    pub(crate) device: u64,
     /// Whether the layout is [`Layout::Tree`]; a format may change it.
     tree: AtomicBool,
     pub(crate) abilities: Abilities,
@@ -59,7 +61,7 @@ impl Disk {
         {
             return Err(format!("multi-disk support need xattr feature for path: {shown}"));
         }
-        let prepared = || -> io::Result<(u64, File)> {
+        let prepared = || -> io::Result<(u64, File, u64)> {
             if empty {
                 delete_content(path)?;
             }
@@ -67,9 +69,9 @@ impl Disk {
             if empty {
                 sync_dir(path)?;
             }
-            Ok((disk_size(path)?, probe::flush_file(path)?))
+            Ok((disk_size(path)?, probe::flush_file(path)?, fs::metadata(path)?.dev()))
         };
-        let (size, flush) = prepared().map_err(|e| format!("{shown} is broken: {}", strerror(&e)))?;
+        let (size, flush, device) = prepared().map_err(|e| format!("{shown} is broken: {}", strerror(&e)))?;
         if size == 0 {
             return Err(format!("{shown} is broken: no space"));
         }
@@ -77,6 +79,7 @@ impl Disk {
             id,
             path: path.to_owned(),
             size,
+            device,
             tree: AtomicBool::new(layout == Layout::Tree),
             abilities: probe::abilities(path, &flush),
             flush,

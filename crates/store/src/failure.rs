@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -97,6 +98,8 @@ impl Store {
                 Err(e) => Some(e as i32),
                 Ok(fs) if fs.flags().contains(FsFlags::ST_RDONLY) => Some(libc::EROFS),
                 Ok(_) if !disk.path.is_dir() => Some(libc::ENOENT),
+                // Unmounted: what lies there now is the directory underneath, or something else.
+                Ok(_) if !same_device(disk) => Some(libc::ENODEV),
                 Ok(_) => None,
             };
             if let Some(errno) = error {
@@ -104,6 +107,12 @@ impl Store {
             }
         }
     }
+}
+
+/// Whether the directory is still on the file system on which the disk was opened.
+fn same_device(disk: &Disk) -> bool {
+    // An error is something else, and will be noticed as such.
+    disk.path.metadata().map_or(true, |now| now.dev() == disk.device)
 }
 
 #[cfg(test)]

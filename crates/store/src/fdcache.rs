@@ -74,6 +74,7 @@ impl FdCache {
         path: impl Fn() -> Box<Path>,
     ) -> io::Result<Arc<OpenObject>> {
         loop {
+            self.forget_elsewhere(replica, disk);
             if let Some(object) = self.get(replica) {
                 return Ok(object);
             }
@@ -111,6 +112,16 @@ impl FdCache {
         }
     }
 
+    /// Drops the object if it lies on another disk than this one, which then is out of service or has given it away: its
+    /// errors must not be blamed on this disk, nor writes go there.
+    fn forget_elsewhere(&self, replica: Replica, disk: DiskId) {
+        let mut shard = self.shard(replica).lock();
+        if shard.entries.get(&replica).is_some_and(|e| e.disk != disk) {
+            shard.generation += 1;
+            shard.entries.remove(&replica);
+        }
+    }
+
     /// Drops the objects of one disk.
     pub(crate) fn forget_disk(&self, disk: DiskId) {
         for shard in &self.shards {
@@ -141,6 +152,24 @@ mod tests {
     fn opener(dir: &Path, replica: Replica) -> impl Fn() -> Box<Path> {
         let path = dir.join(replica.to_string());
         move || path.clone().into()
+    }
+
+    #[test]
+    fn a_file_of_a_lost_disk_is_not_taken_for_that_of_another() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let cache = FdCache::new(64);
+        let replica = Replica::whole(Oid(1));
+        let (lost, left) = (dir.path().join("lost"), dir.path().join("left"));
+        for disk in [&lost, &left] {
+            std::fs::create_dir(disk).expect("mkdir");
+        }
+        std::fs::write(lost.join(replica.to_string()), b"old").expect("write");
+        cache.open(replica, 1, opener(&lost, replica)).expect("open");
+        let absent = cache.open(replica, 2, opener(&left, replica)).map(drop).expect_err("not there");
+        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+        std::fs::write(left.join(replica.to_string()), b"newer").expect("write");
+        let object = cache.open(replica, 2, opener(&left, replica)).expect("open");
+        assert_eq!(object.file.metadata().expect("stat").len(), 5);
     }
 
     #[test]

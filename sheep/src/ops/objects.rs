@@ -113,8 +113,12 @@ async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], Resu
     let size = body.oid.size(redundancy.block_size_shift);
     let replica = Sheep::replica(body.oid);
     let cache = redundancy.snapshot && body.oid.is_data();
-    // Recovery asks: an unreadable file is not the same as none, and "none" must be true for that epoch.
-    let fault = |e: StoreError| crate::faults::recovery_result(sheep, &e);
+    // When recovery asks, an unreadable file is not the same as none, and "none" must be true for that epoch. For a check
+    // (`dog` names no epoch) it is: a replica to be replaced.
+    let fault = |e: StoreError| match request.epoch {
+        Epoch(0) => crate::faults::peer_result(sheep, &e),
+        _ => crate::faults::recovery_result(sheep, &e),
+    };
     match store.hash(replica, size, None, cache).await {
         Err(StoreError::NoObject) if body.tgt_epoch != Epoch(0) => {
             match store.hash(replica, size, Some(body.tgt_epoch), cache).await {

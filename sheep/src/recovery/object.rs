@@ -83,7 +83,8 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let mut nodes = Some(active.round.old.clone());
     loop {
         let Some(members) = nodes.take() else {
-            return Recovered::Later(format!("the members of epoch {epoch} are not known"));
+            let reason = format!("the members of epoch {epoch} are not known");
+            return unknown(sheep, active, &[replica], epoch, reason).await;
         };
         match hunt.search(epoch, members).await {
             Search::Found => return Recovered::Here,

@@ -78,11 +78,7 @@ impl Search<'_> {
             match self.search(epoch, nodes).await {
                 Ok(Some(strip)) => return Ok(strip),
                 Ok(None) => {}
-                Err(Recovered::Later(reason)) if self.found.is_empty() => {
-                    let strip = |index| Replica { oid: self.oid, strip: Some(index as u8) };
-                    let names: Vec<Replica> = (0..self.code.strips()).map(strip).collect();
-                    return Err(unknown(self.sheep, self.active, &names, epoch, reason).await);
-                }
+                Err(Recovered::Later(reason)) => return Err(self.unknown(epoch, reason).await),
                 Err(outcome) => return Err(outcome),
             }
             if epoch.0 <= 1 || !self.removed.is_before(epoch) {
@@ -92,11 +88,22 @@ impl Search<'_> {
                 });
             }
             epoch = Epoch(epoch.0 - 1);
-            let log = epoch_log(self.sheep, epoch).await;
-            nodes = log
-                .ok_or_else(|| Recovered::Later(format!("the members of epoch {epoch} are not known")))?
-                .nodes;
+            let Some(log) = epoch_log(self.sheep, epoch).await else {
+                let reason = format!("the members of epoch {epoch} are not known");
+                return Err(self.unknown(epoch, reason).await);
+            };
+            nodes = log.nodes;
         }
+    }
+
+    /// The search cannot go on at `epoch`.
+    async fn unknown(&self, epoch: Epoch, reason: String) -> Recovered {
+        if !self.found.is_empty() {
+            return Recovered::Later(reason);
+        }
+        let strip = |index| Replica { oid: self.oid, strip: Some(index as u8) };
+        let names: Vec<Replica> = (0..self.code.strips()).map(strip).collect();
+        unknown(self.sheep, self.active, &names, epoch, reason).await
     }
 
     /// Looks at one epoch. `Ok(None)` = it had no state of its own, older ones may be added.

@@ -93,10 +93,11 @@ async fn named(
     if snapshot == Some(&SnapshotRef::Id(0)) {
         return Err(ClientError::Refused(sheepdog_proto::ResultCode::NO_TAG)); // 0 would mean the current VDI
     }
-    let request = Request::new(opcode)
-        .flag(Flags::WRITE)
-        .length(2 * MAX_NAME_LEN)
-        .with_vdi(VdiRequest { snapid, store_policy, ..VdiRequest::zeroed() });
+    let request = Request::new(opcode).flag(Flags::WRITE).length(2 * MAX_NAME_LEN).with_vdi(VdiRequest {
+        snapid,
+        store_policy,
+        ..VdiRequest::zeroed()
+    });
     let reply = service.call(request, name_and_tag(name, tag)).await?.success()?;
     Ok(info_of(&reply))
 }

@@ -8,7 +8,7 @@ use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 use crate::vdi_model::audit;
 
 const BLOCK: u64 = 1 << 20;
-const ROUNDS: u32 = 25;
+const ROUNDS: u32 = 12;
 
 fn delete(client: &mut Client, name: &str, snapid: u32) {
     let response = client.vdi_op(Opcode::DEL_VDI, name, None, VdiRequest { snapid, ..VdiRequest::zeroed() });

@@ -21,6 +21,7 @@ mod stalls;
 mod tgt;
 mod tree;
 mod vdi;
+mod vdi_kinds;
 mod vdi_load;
 mod vdi_model;
 mod vdi_order;

@@ -28,6 +28,8 @@ package_of() {
         ip) echo iproute2 ;;
         java) echo default-jre-headless ;;
         unshare | setpriv) echo util-linux ;;
+        tgtd | tgtadm) echo tgt ;;
+        iscsi-ls | iscsi-test-cu) echo libiscsi-bin ;;
         python3) echo python3-minimal ;;
         *) echo "$1" ;;
     esac

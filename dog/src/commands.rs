@@ -52,6 +52,8 @@ pub struct Subcommand {
     pub operands: &'static str,
     /// Letters of the options, in the order of the usage. Nested rows use their top row's.
     pub letters: &'static str,
+    /// Letters of further options: our additions, which the original's usage does not have.
+    pub unlisted: &'static str,
     /// The node list is fetched first.
     pub needs_nodes: bool,
     /// An operand is required.
@@ -76,6 +78,11 @@ impl Command {
     /// The options that a row accepts, in its order.
     pub fn options_of(&self, row: &Subcommand) -> Vec<Opt> {
         row.letters.chars().filter_map(|c| self.options.iter().find(|o| o.short == c)).copied().collect()
+    }
+
+    /// The options that a row accepts without showing them in its usage.
+    pub fn unlisted_of(&self, row: &Subcommand) -> Vec<Opt> {
+        row.unlisted.chars().filter_map(|c| self.options.iter().find(|o| o.short == c)).copied().collect()
     }
 
     /// Prints the names of the second words on stderr.

@@ -55,7 +55,12 @@ fn add_row(
 }
 
 fn place(command: &Command, path: String, top: &Subcommand, row: &'static Subcommand) -> Place {
-    let mut options: Vec<_> = command.options_of(top).iter().map(|opt| (opt.long, opt.help)).collect();
+    let mut options: Vec<_> = command
+        .options_of(top)
+        .iter()
+        .chain(&command.unlisted_of(top))
+        .map(|opt| (opt.long, opt.help))
+        .collect();
     if row.json {
         options.push((JSON_OPTION.long, JSON_OPTION.help));
     }

@@ -50,7 +50,7 @@ fn row_text(command: &Command, top: &Subcommand, row: &Subcommand, before: &str)
         return row.nested.iter().map(|nested| row_text(command, top, nested, &path)).collect();
     }
     let mut term = format!("dog {path}");
-    for opt in command.options_of(top) {
+    for opt in command.options_of(top).into_iter().chain(command.unlisted_of(top)) {
         term += &format!(" [-{}]", opt.short);
     }
     if !top.operands.is_empty() {

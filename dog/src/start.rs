@@ -103,6 +103,7 @@ fn parse_options(
         options.port = parse_port(&port.into_vec())?;
     }
     let mut accepted = command.options_of(top);
+    accepted.extend(command.unlisted_of(top));
     accepted.push(commands::JSON_OPTION);
     let stop_at_word = std::env::var_os("POSIXLY_CORRECT").is_some();
     let mut parser = Parser::new(&accepted, words);

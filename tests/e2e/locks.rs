@@ -127,3 +127,35 @@ fn a_joining_node_learns_the_locks() {
     assert_eq!(answer, ResultCode::VDI_LOCKED);
     assert_eq!(lock_state(&cluster, vid), json!({"lock_state": "LOCKED", "owner_node": 1}));
 }
+
+/// A normal lock goes with the working VDI: whoever has it open goes on with the new one and releases that.
+#[test]
+fn a_snapshot_takes_the_lock_along() {
+    let cluster = Builder::new(3).flags(ClusterFlags::AUTO_VNODES.with(ClusterFlags::USE_LOCK)).start();
+    let lock = |node: usize, lock_type: u32| {
+        let body = VdiRequest { lock_type, ..VdiRequest::zeroed() };
+        cluster.nodes[node].client().vdi_op(Opcode::LOCK_VDI, "held", Some(""), body).result
+    };
+    let release = |vid: VdiId| {
+        let body = VdiRequest { base_vdi_id: vid, ..VdiRequest::zeroed() };
+        cluster.nodes[2].client().must(Request::new(Opcode::RELEASE_VDI).with_vdi(body), &[]).0.result
+    };
+    let old = cluster.nodes[0].client().create_vdi("held", 4 << 20).expect("create");
+    assert_eq!(lock(1, 0), ResultCode::SUCCESS);
+    let new = cluster.nodes[0].client().snapshot("held", "s").expect("snapshot");
+    assert_eq!(lock_state(&cluster, old), json!({"lock_state": "UNLOCKED"}));
+    assert_eq!(lock_state(&cluster, new), json!({"lock_state": "LOCKED", "owner_node": 1}));
+    assert_eq!(lock(2, 0), ResultCode::VDI_LOCKED);
+    // A live rollback is another new working VDI.
+    let body = VdiRequest { vdi_size: 4 << 20, base_vdi_id: old, snapid: 1, ..VdiRequest::zeroed() };
+    let rolled = cluster.nodes[2].client().vdi_op(Opcode::NEW_VDI, "held", None, body);
+    assert_eq!(rolled.result, ResultCode::SUCCESS);
+    let third = rolled.vdi().vdi_id;
+    assert_eq!(lock(0, 0), ResultCode::VDI_LOCKED);
+    assert_eq!(release(third), ResultCode::SUCCESS);
+    // Who shares a VDI locks the new one again, as tgt does.
+    assert_eq!(lock(1, 1), ResultCode::SUCCESS);
+    let fourth = cluster.nodes[0].client().snapshot("held", "t").expect("snapshot");
+    assert_eq!(lock_state(&cluster, fourth), json!({"lock_state": "UNLOCKED"}));
+    assert_eq!(lock(1, 1), ResultCode::SUCCESS);
+}

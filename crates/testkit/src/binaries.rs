@@ -45,3 +45,16 @@ pub fn system(name: &str, package: &str) -> PathBuf {
         .find(|p| p.is_file())
         .unwrap_or_else(|| panic!("{name} is missing: apt-get install {package} (scripts/test does it)"))
 }
+
+/// A program of the QEMU that still has the Sheepdog driver; panics with the script that builds it.
+pub fn qemu_sheepdog(name: &str) -> PathBuf {
+    let built = profile_dir().parent().map(|target| target.join("qemu-sheepdog/bin")).unwrap_or_default();
+    let dir = std::env::var_os("SHEEPDOG_QEMU").map_or(built, PathBuf::from);
+    let path = dir.join(name);
+    assert!(
+        path.is_file(),
+        "{} is not built: run scripts/qemu-sheepdog (scripts/test does it)",
+        path.display()
+    );
+    path
+}

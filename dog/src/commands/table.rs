@@ -168,6 +168,7 @@ const fn row(
         help,
         operands,
         letters,
+        unlisted: "",
         needs_nodes,
         needs_operand,
         nested: &[],
@@ -182,6 +183,11 @@ const fn with(row: Subcommand, nested: &'static [Subcommand]) -> Subcommand {
 /// A row that understands `--json`.
 const fn json(row: Subcommand) -> Subcommand {
     Subcommand { json: true, ..row }
+}
+
+/// A row that takes further options.
+const fn also(row: Subcommand, unlisted: &'static str) -> Subcommand {
+    Subcommand { unlisted, ..row }
 }
 
 /// A row of ours among the original's.
@@ -236,7 +242,8 @@ const NAME: &str = "<vdiname>";
 const VDI: &[Subcommand] = &[
     row("check", NAME, "seaphT", BOTH, "check and repair image's consistency", handler!(vdi::check::run)),
     row("create", "<vdiname> <size>", "PycaphrvzT", BOTH, "create an image", handler!(vdi::create::run)),
-    row("snapshot", NAME, "saphrvTR", OPERAND, "create a snapshot", handler!(vdi::snapshot::run)),
+    // -y: also of a hypervolume, which nodes of the original would get wrong.
+    also(row("snapshot", NAME, "saphrvTR", OPERAND, "create a snapshot", handler!(vdi::snapshot::run)), "y"),
     row("clone", "<src vdi> <dst vdi>", "sPnaphrvT", OPERAND, "clone an image", handler!(vdi::clone::run)),
     row("delete", NAME, "saphTBIm", OPERAND, "delete an image", handler!(vdi::delete::run)),
     row("rollback", NAME, "saphfrvTBI", OPERAND, "rollback to a snapshot", handler!(vdi::rollback::run)),

@@ -27,6 +27,9 @@ pub async fn run(context: &Context) -> Outcome {
         None => Vec::new(),
     };
     let inode = working_vdi(context, name, &tag).await?;
+    if inode.is_hyper() && !context.options.hyper {
+        return Err(fail(FAILURE, "creating a snapshot of hypervolume is not supported"));
+    }
     if context.options.reduce && !owns_objects(context, &inode, name).await? {
         if context.options.verbose {
             let name = text(name);

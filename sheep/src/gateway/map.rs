@@ -35,6 +35,8 @@ struct Change {
 pub enum By {
     /// A client that keeps a table, or the deletion of a VDI: entries of snapshots may be cleared.
     Client,
+    /// A client with a cached inode that is told when it is stale (tgt).
+    Target,
     /// DISCARD_OBJ: snapshots stay as they are.
     Discard,
 }
@@ -75,6 +77,7 @@ pub async fn update(
         return Err(ResultCode::READONLY);
     }
     clear_grefs(sheep, oid, &changes).await?;
+    let stale = !changes.is_empty() && invalidate_late(sheep, vid).await?;
     let drops = changes.iter().filter(|c| c.old != 0).map(|c| {
         let reference = Reference {
             data: Oid::data(VdiId::new(c.old), c.index),
@@ -92,7 +95,8 @@ pub async fn update(
             sheep.gateway.reclaim.enqueue(reference).await;
         }
     }
-    Ok(())
+    // The entries are in the table; the client reads it again and finds them.
+    if stale && by == By::Target { Err(ResultCode::INODE_INVALIDATED) } else { Ok(()) }
 }
 
 async fn changes(
@@ -141,6 +145,14 @@ async fn invalidate_others(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultC
         None | Some(Participation::Modified) => Ok(()),
         Some(_) => cohere(sheep, vid, false).await.ok(),
     }
+}
+
+/// After a table has changed: a node that refreshed its inode since [`invalidate_others`] may have read the old table and
+/// must do so again. `true` = the client here must, too: another node changed the table meanwhile.
+async fn invalidate_late(sheep: &Arc<Sheep>, vid: VdiId) -> Result<bool, ResultCode> {
+    let state = participation(sheep, vid);
+    invalidate_others(sheep, vid).await?;
+    Ok(state == Some(Participation::Invalidated))
 }
 
 /// After a refresh read the client's inode is current again.

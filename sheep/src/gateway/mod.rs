@@ -198,7 +198,8 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
             return Err(ResultCode::INVALID_PARMS);
         }
         if !map::is_btree(sheep, oid.vid()).await? {
-            return map::update(sheep, oid.vid(), offset, payload, map::By::Client).await;
+            let by = if request.flags.contains(Flags::TGT) { map::By::Target } else { map::By::Client };
+            return map::update(sheep, oid.vid(), offset, payload, by).await;
         }
     }
     if oid.is_inode() && offset < INODE_LOOKUP_LEN as u64 {

@@ -1,7 +1,8 @@
-//! Tests that need fixed ports run in a network namespace of their own.
+//! Tests that need fixed ports, a corosync of their own, or several hosts, run in namespaces of their own.
 //!
-//! Captures depend on ports (they decide placement), and two tests cannot listen on the same one. The test executable
-//! starts itself again for just that test under `unshare`, which needs no privileges where user namespaces are allowed.
+//! Captures depend on ports (they decide placement), two tests cannot listen on the same one, corosync's sockets belong
+//! to a network namespace. The test executable starts itself again for just that test under `unshare`, which needs no
+//! privileges where user namespaces are allowed.
 
 use std::process::Command;
 
@@ -9,7 +10,18 @@ use crate::binaries::system;
 
 const MARK: &str = "SHEEPDOG_TEST_IN_NETWORK";
 
-/// Runs the test `name` (its full path inside the executable) again in an own network namespace and returns `true`
+/// Makes fresh namespaces usable: loopback up, and private copies of the directories that corosync writes to.
+pub(crate) const PREPARE: &str = "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && mount --make-rprivate / && \
+    for dir in /run /dev/shm /var/lib/corosync; do \
+        [ ! -d $dir ] || mount -t tmpfs tmpfs $dir || exit 125; \
+    done";
+
+/// Whether this process runs where it may start a corosync and make interfaces.
+pub(crate) fn is_own_network() -> bool {
+    std::env::var_os(MARK).is_some()
+}
+
+/// Runs the test `name` (its full path inside the executable) again in namespaces of its own and returns `true`
 /// when that run is over; inside it returns `false` and the test goes on. Panics if the inner run failed.
 ///
 /// ```no_run
@@ -28,13 +40,13 @@ pub fn in_own_network(name: &str) -> bool {
     let exe = std::env::current_exe().expect("the running test has a path");
     let mut command = Command::new(system("unshare", "util-linux"));
     if nix::unistd::geteuid().is_root() {
-        command.arg("-n");
+        command.arg("-nm");
     } else {
-        command.arg("-Urn");
+        command.arg("-Urnm");
     }
     let _needed = system("ip", "iproute2");
     let output = command
-        .args(["--", "sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && exec \"$0\" \"$@\""])
+        .args(["--", "sh", "-c", &format!("{PREPARE}; exec \"$0\" \"$@\"")])
         .arg(&exe)
         .args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"])
         .env(MARK, name)

@@ -35,6 +35,8 @@ const RETRY: Duration = Duration::from_millis(5);
 const HOLD: Duration = Duration::from_secs(5);
 /// At most this long in all.
 const MAX_HOLD: Duration = Duration::from_secs(30);
+/// Between heartbeats as long as there is no lease.
+const FIRST_BEATS: Duration = Duration::from_millis(20);
 /// A process in the group that does not ask to join is named in the log this often.
 const STUCK: Duration = Duration::from_secs(10);
 
@@ -85,7 +87,8 @@ struct Heartbeat {
     /// When the one that is on its way was sent.
     sent: Option<Instant>,
     next: Instant,
-    fresh: bool,
+    /// What the daemon knows of the lease, once there was one.
+    fresh: Option<bool>,
 }
 
 /// See the module's documentation.
@@ -134,7 +137,7 @@ impl Member {
             before: None,
             sent: None,
             next: Instant::now(),
-            fresh: false,
+            fresh: None,
         };
         Member {
             process,
@@ -368,12 +371,14 @@ impl Member {
         if self.queues.is_some() && h.sent.is_none() && h.next <= now && h.group.send(b"token").is_ok() {
             h.sent = Some(now);
         }
-        if h.next <= now {
-            h.next = now + h.interval;
-        }
         let fresh = h.lease.is_fresh();
-        if fresh != h.fresh {
-            h.fresh = fresh;
+        if h.next <= now {
+            h.next = now + if fresh { h.interval } else { h.interval.min(FIRST_BEATS) };
+        }
+        if h.fresh.is_none() && !fresh {
+            return Ok(());
+        }
+        if h.fresh.replace(fresh).is_some_and(|before| before != fresh) {
             if !fresh {
                 tracing::warn!("corosync has not confirmed this node for {} ms", h.limit.as_millis());
             }

@@ -5,10 +5,12 @@
 
 mod bad_input;
 mod convergence;
+mod corosync;
 mod disks;
 mod dog_extras;
 mod durability;
 mod epochs;
+mod hosts;
 mod life;
 mod locks;
 mod nbd;

@@ -17,6 +17,7 @@ mod nbd;
 mod order;
 mod restart;
 mod safety;
+mod scale;
 mod scenarios;
 mod stalls;
 mod tree;

@@ -187,7 +187,8 @@ impl Builder {
     pub fn start(self) -> Cluster {
         let root =
             tempfile::Builder::new().prefix("sheepdog-test-").tempdir().expect("a temporary directory");
-        let reserved = self.ports.is_none().then(Ports::reserve);
+        // Two behind the nodes' for `spare_port`, one for the I/O address of the last node.
+        let reserved = self.ports.is_none().then(|| Ports::reserve_many(self.nodes + 3));
         let hosts = self.hosts.then(|| Hosts::new(self.nodes));
         let (mut zookeeper, mut corosync) = (None, None);
         let driver = match self.driver {
@@ -287,7 +288,8 @@ impl Cluster {
 
     /// A port of the cluster's block that no node uses, counted from 0.
     pub fn spare_port(&self, index: usize) -> u16 {
-        self.reserved.as_ref().expect("spare ports exist unless ports were given").get(Ports::MAX - 1 - index)
+        let ports = self.reserved.as_ref().expect("spare ports exist unless ports were given");
+        ports.get(ports.count() - 1 - index)
     }
 
     /// Starts a node and waits until it listens; it may not be a member yet.

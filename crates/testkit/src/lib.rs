@@ -17,6 +17,7 @@ pub mod load;
 pub mod netns;
 mod node;
 pub mod ports;
+pub mod scale;
 pub mod vdi;
 pub mod vectors;
 pub mod wait;

@@ -195,6 +195,22 @@ impl Node {
             .map_or(0, |kib| kib << 10)
     }
 
+    /// Threads of the process.
+    pub fn threads(&self) -> u64 {
+        self.pid()
+            .map_or(0, |pid| fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) as u64)
+    }
+
+    /// Processor time used so far, in clock ticks.
+    pub fn cpu_ticks(&self) -> u64 {
+        let Some(pid) = self.pid() else { return 0 };
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let words: Vec<i64> =
+            stat.rsplit(')').next().unwrap_or("").split_ascii_whitespace().flat_map(str::parse).collect();
+        // Behind the name and the state letter: words 14 and 15 of the file.
+        words.get(10).zip(words.get(11)).map_or(0, |(user, system)| (user + system) as u64)
+    }
+
     /// Open descriptors of the process.
     pub fn open_files(&self) -> usize {
         self.pid().map_or(0, |pid| fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count))

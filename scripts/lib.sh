@@ -26,6 +26,7 @@ package_of() {
         nbdinfo | nbdcopy) echo libnbd-bin ;;
         qemu-img | qemu-io | qemu-nbd) echo qemu-utils ;;
         ip) echo iproute2 ;;
+        corosync | corosync-cpgtool) echo corosync ;;
         java) echo default-jre-headless ;;
         unshare | setpriv) echo util-linux ;;
         tgtd | tgtadm) echo tgt ;;

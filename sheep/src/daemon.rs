@@ -208,7 +208,7 @@ async fn serve(
         let _ = store.flush().await;
     }
     if code == 0 {
-        let _ = tokio::time::timeout(HINT_DEADLINE, driver.leave()).await;
+        let _ = tokio::time::timeout(HINT_DEADLINE, driver.end()).await;
     }
     Ok(code)
 }

@@ -19,6 +19,12 @@ use tokio::sync::Mutex as AsyncMutex;
 const LARGE: usize = 128 << 10;
 /// After a failed connect nobody tries again for this long.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// The I/O network is given up for the other one when it does not answer, or does not take what was sent, for this long.
+const IO_CONNECT: Duration = Duration::from_secs(1);
+/// See [`IO_CONNECT`].
+const IO_UNACKNOWLEDGED: Duration = Duration::from_secs(5);
+/// Between two looks whether it works again.
+const IO_RETRY: Duration = Duration::from_secs(5);
 /// Deadline of a replica write or read, above what a busy disk needs.
 pub const IO_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -42,6 +48,54 @@ struct Peer {
     slots: [AsyncMutex<Slot>; 4],
     /// Copies of the connections, to use without waiting and to close from outside.
     live: Mutex<[Option<Connection>; 4]>,
+    /// When the peer's I/O address was last found not to work; connections lead to the other one until it does.
+    io_failed: Mutex<Option<Instant>>,
+}
+
+impl Peer {
+    /// Connects to the I/O address, if the node announced one that works, else to the other one.
+    async fn connect(&self, node: &NodeId) -> Result<Connection, ClientError> {
+        if let Some(io) = node.io_socket_addr().filter(|_| self.io_failed.lock().is_none()) {
+            match by_io_network(io).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => {
+                    tracing::warn!("{node}: no connection by the I/O network, using the other one: {error}");
+                    *self.io_failed.lock() = Some(Instant::now());
+                }
+            }
+        }
+        Connection::connect(&Address::from(node.socket_addr())).await
+    }
+
+    /// Tries now and then whether the I/O address works again; what is asked from then on goes there.
+    fn look_for_io_network(self: &Arc<Peer>, node: &NodeId) {
+        let Some(io) = node.io_socket_addr() else { return };
+        {
+            let mut failed = self.io_failed.lock();
+            if failed.is_none_or(|at| at.elapsed() < IO_RETRY) {
+                return;
+            }
+            *failed = Some(Instant::now());
+        }
+        let (peer, node) = (self.clone(), *node);
+        tokio::spawn(async move {
+            if by_io_network(io).await.is_err() {
+                return;
+            }
+            tracing::info!("{node}: the I/O network works again");
+            *peer.io_failed.lock() = None;
+            for (slot, live) in peer.slots.iter().zip(0..) {
+                let mut slot = slot.lock().await;
+                // What is in flight keeps its connection.
+                peer.live.lock()[live] = None;
+                slot.connection = None;
+            }
+        });
+    }
+}
+
+async fn by_io_network(io: std::net::SocketAddr) -> Result<Connection, ClientError> {
+    Connection::connect_by_one_of_several(&Address::from(io), IO_CONNECT, IO_UNACKNOWLEDGED).await
 }
 
 /// All peers of this node.
@@ -123,6 +177,7 @@ impl Peers {
 
     async fn connection(&self, node: &NodeId, slot: usize) -> Result<Connection, ClientError> {
         let peer = self.peer(node);
+        peer.look_for_io_network(node);
         if let Some(connection) = peer.live.lock()[slot].as_ref().filter(|c| !c.is_dead()) {
             return Ok(connection.clone());
         }
@@ -133,7 +188,7 @@ impl Peers {
         if state.failed_at.is_some_and(|at| at.elapsed() < RETRY_AFTER) {
             return Err(ClientError::Lost(format!("{node} is not reachable")));
         }
-        match connect(node).await {
+        match peer.connect(node).await {
             Ok(connection) => {
                 *state = Slot { connection: Some(connection.clone()), failed_at: None };
                 peer.live.lock()[slot] = Some(connection.clone());
@@ -145,14 +200,4 @@ impl Peers {
             }
         }
     }
-}
-
-/// Connects to the I/O address first, if the node announced one.
-async fn connect(node: &NodeId) -> Result<Connection, ClientError> {
-    if let Some(io) = node.io_socket_addr()
-        && let Ok(connection) = Connection::connect(&Address::from(io)).await
-    {
-        return Ok(connection);
-    }
-    Connection::connect(&Address::from(node.socket_addr())).await
 }

@@ -70,19 +70,39 @@ impl Drop for Shared {
     }
 }
 
+async fn open(addr: &Address, limit: Duration) -> Result<Stream, ClientError> {
+    let connect = async {
+        Ok(match addr {
+            Address::Tcp(host, port) => Stream::Tcp(TcpStream::connect((host.as_str(), *port)).await?),
+            Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
+        })
+    };
+    tokio::time::timeout(limit, connect)
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(|source| ClientError::Connect { addr: addr.to_string(), source })
+}
+
 impl Connection {
     /// Connects, for at most five seconds.
     pub async fn connect(addr: &Address) -> Result<Connection, ClientError> {
-        let connect = async {
-            Ok(match addr {
-                Address::Tcp(host, port) => Stream::Tcp(TcpStream::connect((host.as_str(), *port)).await?),
-                Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
-            })
-        };
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
-            .await
-            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(|source| ClientError::Connect { addr: addr.to_string(), source })?;
+        let stream = open(addr, CONNECT_TIMEOUT).await?;
+        Ok(Connection::over(stream, addr.clone()))
+    }
+
+    /// Connects, for at most `limit`, by a path for which there is another one: the connection fails if the other side
+    /// does not take what was sent for `unacknowledged`.
+    pub async fn connect_by_one_of_several(
+        addr: &Address,
+        limit: Duration,
+        unacknowledged: Duration,
+    ) -> Result<Connection, ClientError> {
+        let stream = open(addr, limit).await?;
+        if let Stream::Tcp(stream) = &stream {
+            let millis = u32::try_from(unacknowledged.as_millis()).unwrap_or(u32::MAX);
+            // Where it cannot be set, the deadlines of requests notice, later.
+            let _ = nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::TcpUserTimeout, &millis);
+        }
         Ok(Connection::over(stream, addr.clone()))
     }
 

@@ -160,6 +160,11 @@ pub trait Driver: Send + Sync {
     /// joining and the second time.
     fn leave(&self) -> BoxFuture<'_, Result<(), DriverError>>;
 
+    /// As [`Driver::leave`], for a process that is about to end and receives nothing any more.
+    fn end(&self) -> BoxFuture<'_, Result<(), DriverError>> {
+        self.leave()
+    }
+
     /// Sends a message of at most [`sheepdog_proto::MAX_CLUSTER_MESSAGE`] bytes to all members, this one included.
     fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Result<(), DriverError>>;
 
@@ -179,9 +184,6 @@ pub enum DriverError {
     /// No driver has this name.
     #[error("Invalid cluster driver '{0}'")]
     UnknownDriver(String),
-    /// A driver of this project that this version does not contain.
-    #[error("cluster driver '{0}' is not built in this version")]
-    NotBuilt(&'static str),
     /// The text after `name:` is unusable.
     #[error("invalid option of cluster driver '{driver}': {reason}")]
     BadOption {
@@ -278,6 +280,14 @@ pub enum DriverError {
     /// The session ended before the request was in the history, or while nobody can tell.
     #[error("the session with the membership service was lost")]
     SessionLost,
+    /// The C library of corosync cannot be loaded.
+    #[error(
+        "corosync's libraries are not installed (Debian's packages corosync, libcpg4, libcfg7, libcmap4): {0}"
+    )]
+    NoCorosync(String),
+    /// Corosync does not run, or refused something.
+    #[error("{0}")]
+    Corosync(String),
     /// This node has no address to advertise.
     #[error("no valid interface found")]
     NoInterface,

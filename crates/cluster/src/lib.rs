@@ -3,14 +3,18 @@
 //! A [`Driver`] delivers one totally ordered sequence of [`Event`]s through one channel and takes requests to add to
 //! that sequence. Questions to the daemon (a join to judge, a block to start) travel in the same channel and carry an
 //! [`Answer`], so everything before them has been handled when they are answered. [`open`] selects a driver by the
-//! text after `-c`; this version has [LocalDriver] and [ZookeeperDriver], the name of corosync's is known and refused.
+//! text after `-c`: [LocalDriver], [ZookeeperDriver] or [CorosyncDriver].
 
+#[cfg(test)]
+mod captures;
 mod contract;
+mod corosync;
 mod local;
 mod select;
 mod zookeeper;
 
 pub use contract::{Answer, BoxFuture, Driver, DriverError, Event, Lease};
+pub use corosync::CorosyncDriver;
 pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, block_event_signal};
-pub use select::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
+pub use select::{DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
 pub use zookeeper::ZookeeperDriver;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::corosync::CorosyncDriver;
 use crate::local::{DEFAULT_PATH, LocalDriver};
 use crate::zookeeper::ZookeeperDriver;
 use crate::{Driver, DriverError, Event};
@@ -12,10 +13,8 @@ use crate::{Driver, DriverError, Event};
 /// All driver names in the order in which version and error texts print them.
 pub const DRIVER_NAMES: [&str; 3] = ["zookeeper", "corosync", "local"];
 
-/// The drivers this version contains, in the same order.
-pub const BUILT_DRIVER_NAMES: [&str; 2] = ["zookeeper", "local"];
-
-/// The driver used without `-c`: the original prefers corosync where it is built in, else local.
+/// The driver used without `-c`. The original takes corosync where it is built in, else local; here corosync is always
+/// built in and seldom running.
 pub const DEFAULT_DRIVER: &str = "local";
 
 /// A known driver and the text after its colon.
@@ -59,7 +58,11 @@ pub fn open(spec: &str) -> Result<(Arc<dyn Driver>, UnboundedReceiver<Event>), D
             let (driver, events) = ZookeeperDriver::open(selection.option)?;
             Ok((Arc::new(driver), events))
         }
-        name => Err(DriverError::NotBuilt(name)),
+        _ => {
+            // The text after the colon is ignored, as by the original.
+            let (driver, events) = CorosyncDriver::open()?;
+            Ok((Arc::new(driver), events))
+        }
     }
 }
 
@@ -87,13 +90,9 @@ mod tests {
     }
 
     #[test]
-    fn unknown_and_unbuilt_drivers_are_refused_by_name() {
+    fn unknown_drivers_and_unusable_options_are_refused() {
         let text = |spec| open(spec).err().map(|e| e.to_string());
         assert_eq!(text("nosuch:x").as_deref(), Some("Invalid cluster driver 'nosuch:x'"));
-        assert_eq!(
-            text("corosync").as_deref(),
-            Some("cluster driver 'corosync' is not built in this version")
-        );
         assert_eq!(
             text("local:").as_deref(),
             Some("invalid option of cluster driver 'local': the path of the queue file is empty")

@@ -16,7 +16,9 @@ use tempfile::TempDir;
 
 use crate::binaries;
 use crate::client::Client;
+use crate::corosync::Corosync;
 use crate::disk::set_size;
+use crate::hosts::{Hosts, Nic};
 use crate::node::{Node, Output};
 use crate::ports::Ports;
 use crate::wait::{DEADLINE, wait, wait_for};
@@ -35,6 +37,7 @@ pub struct Builder {
     format: Option<ClusterRequest>,
     store: String,
     driver: TestDriver,
+    hosts: bool,
 }
 
 /// How the nodes of a test find each other.
@@ -43,6 +46,8 @@ enum TestDriver {
     Local,
     /// Over a server of the cluster's own, with this session timeout in milliseconds.
     ZooKeeper(u64),
+    /// Over a corosync of the cluster's own, in the test's network namespace or on each host.
+    Corosync,
 }
 
 impl TestDriver {
@@ -51,7 +56,10 @@ impl TestDriver {
         match std::env::var("SHEEPDOG_TEST_DRIVER").as_deref() {
             Err(_) | Ok("local") => TestDriver::Local,
             Ok("zookeeper") => TestDriver::ZooKeeper(2000),
-            Ok(other) => panic!("SHEEPDOG_TEST_DRIVER={other}: the tests can use local and zookeeper"),
+            Ok("corosync") => TestDriver::Corosync,
+            Ok(other) => {
+                panic!("SHEEPDOG_TEST_DRIVER={other}: the tests can use local, zookeeper and corosync")
+            }
         }
     }
 }
@@ -77,6 +85,7 @@ impl Builder {
             format: Some(format),
             store: "plain".into(),
             driver: TestDriver::from_env(),
+            hosts: false,
         }
     }
 
@@ -154,6 +163,19 @@ impl Builder {
         self
     }
 
+    /// Use a corosync of the cluster's own, whatever `SHEEPDOG_TEST_DRIVER` says; inside [`crate::in_own_network`].
+    pub fn corosync(mut self) -> Builder {
+        self.driver = TestDriver::Corosync;
+        self
+    }
+
+    /// Each node runs on a host of its own and has an I/O interface; inside [`crate::in_own_network`], over ZooKeeper
+    /// (the server is beside the test, not on a host) or corosync.
+    pub fn on_hosts(mut self) -> Builder {
+        self.hosts = true;
+        self
+    }
+
     /// Formats with this store driver; default `plain`.
     pub fn store(mut self, name: &str) -> Builder {
         self.store = name.into();
@@ -174,13 +196,22 @@ impl Builder {
     pub fn start(self) -> Cluster {
         let root =
             tempfile::Builder::new().prefix("sheepdog-test-").tempdir().expect("a temporary directory");
-        let reserved = self.ports.is_none().then(Ports::reserve);
-        let (zookeeper, driver) = match self.driver {
-            TestDriver::Local => (None, format!("local:{}", root.path().join("shm").display())),
+        // Two behind the nodes' for `spare_port`, one for the I/O address of the last node.
+        let reserved = self.ports.is_none().then(|| Ports::reserve_many(self.nodes + 3));
+        let hosts = self.hosts.then(|| Hosts::new(self.nodes));
+        let (mut zookeeper, mut corosync) = (None, None);
+        let driver = match self.driver {
+            TestDriver::Local => format!("local:{}", root.path().join("shm").display()),
             TestDriver::ZooKeeper(timeout) => {
-                let server = ZooKeeper::start(1);
+                let address = if self.hosts { "10.9.0.254" } else { "127.0.0.1" };
+                let server = ZooKeeper::start_on(address, 1);
                 let driver = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
-                (Some(server), driver)
+                zookeeper = Some(server);
+                driver
+            }
+            TestDriver::Corosync => {
+                corosync = Some(hosts.as_ref().map_or_else(Corosync::single, Hosts::corosync));
+                "corosync".to_owned()
             }
         };
         let mut nodes = Vec::new();
@@ -190,9 +221,10 @@ impl Builder {
                 (None, Some(fixed)) => fixed[index],
                 (None, None) => unreachable!("ports are reserved or given"),
             };
-            nodes.push(self.node(root.path(), &driver, index, port));
+            nodes.push(self.node(root.path(), &driver, index, port, hosts.as_ref()));
         }
-        let mut cluster = Cluster { nodes, root: Some(root), reserved, zookeeper, keep: false };
+        let mut cluster =
+            Cluster { nodes, root: Some(root), reserved, zookeeper, corosync, hosts, keep: false };
         for i in 0..self.nodes {
             cluster.start(i);
         }
@@ -204,7 +236,7 @@ impl Builder {
         cluster
     }
 
-    fn node(&self, root: &Path, driver: &str, index: usize, port: u16) -> Node {
+    fn node(&self, root: &Path, driver: &str, index: usize, port: u16, hosts: Option<&Hosts>) -> Node {
         let dir = root.join(format!("n{index}"));
         let zone = self.zones.as_ref().map_or(index as u32, |z| z[index]);
         let gateway = self.gateways.contains(&index);
@@ -215,8 +247,15 @@ impl Builder {
                 set_size(disk, bytes);
             }
         }
+        let address = hosts.map_or_else(|| "127.0.0.1".to_owned(), |h| h.address(index, Nic::Cluster));
+        let inside = hosts.map_or_else(Vec::new, |h| h.inside(index));
         let mut args: Vec<String> =
-            ["-f", "-b", "127.0.0.1", "-y", "127.0.0.1", "-c"].iter().map(|s| s.to_string()).collect();
+            ["-f", "-b", &address, "-y", &address].iter().map(|s| s.to_string()).collect();
+        if let Some(hosts) = hosts {
+            args.push("-i".into());
+            args.push(format!("host={},port={}", hosts.address(index, Nic::Io), port + 1));
+        }
+        args.push("-c".into());
         args.push(driver.to_owned());
         args.extend(["-p".into(), port.to_string(), "-z".into(), zone.to_string()]);
         if gateway {
@@ -229,7 +268,7 @@ impl Builder {
         let paths: Vec<String> =
             std::iter::once(&dir).chain(&disks).map(|p| p.display().to_string()).collect();
         args.push(paths.join(","));
-        Node { index, port, zone, dir, disks, gateway, args, child: None, exit: None }
+        Node { index, address, inside, port, zone, dir, disks, gateway, args, child: None, exit: None }
     }
 }
 
@@ -241,6 +280,10 @@ pub struct Cluster {
     reserved: Option<Ports>,
     /// The server of a cluster over ZooKeeper.
     pub zookeeper: Option<ZooKeeper>,
+    /// The daemons of a cluster over corosync.
+    pub corosync: Option<Corosync>,
+    /// The hosts of [`Builder::on_hosts`].
+    pub hosts: Option<Hosts>,
     keep: bool,
 }
 
@@ -257,7 +300,8 @@ impl Cluster {
 
     /// A port of the cluster's block that no node uses, counted from 0.
     pub fn spare_port(&self, index: usize) -> u16 {
-        self.reserved.as_ref().expect("spare ports exist unless ports were given").get(Ports::MAX - 1 - index)
+        let ports = self.reserved.as_ref().expect("spare ports exist unless ports were given");
+        ports.get(ports.count() - 1 - index)
     }
 
     /// Starts a node and waits until it listens; it may not be a member yet.
@@ -330,7 +374,7 @@ impl Cluster {
 
     /// What a node says about its cluster; none if it does not answer.
     pub fn info(&self, index: usize) -> Option<ClusterInfo> {
-        let mut client = Client::connect(self.nodes[index].port).ok()?;
+        let mut client = self.nodes[index].connect().ok()?;
         client.set_timeout(Duration::from_secs(5)).ok()?;
         let request = Request::new(Opcode::CLUSTER_INFO).length(CLUSTER_INFO_LEN);
         let (response, payload) = client.call(request, &[]).ok()?;
@@ -340,7 +384,7 @@ impl Cluster {
 
     /// Epoch of a node as every answer's header states it; none if it does not answer.
     pub fn epoch(&self, index: usize) -> Option<u32> {
-        let mut client = Client::connect(self.nodes[index].port).ok()?;
+        let mut client = self.nodes[index].connect().ok()?;
         client.set_timeout(Duration::from_secs(5)).ok()?;
         let (response, _) = client.call(Request::new(Opcode::GET_CLUSTER_DEFAULT), &[]).ok()?;
         Some(response.epoch.0)
@@ -348,7 +392,7 @@ impl Cluster {
 
     /// Members that a node sees, by GET_NODE_LIST.
     pub fn members(&self, index: usize) -> Vec<sheepdog_proto::NodeRecord> {
-        let Ok(mut client) = Client::connect(self.nodes[index].port) else { return Vec::new() };
+        let Ok(mut client) = self.nodes[index].connect() else { return Vec::new() };
         let request = Request::new(Opcode::GET_NODE_LIST).length(sheepdog_proto::MAX_NODES * 80);
         client.call(request, &[]).map_or(Vec::new(), |(_, list)| sheepdog_proto::node::decode_nodes(&list))
     }
@@ -392,8 +436,7 @@ impl Cluster {
 
     /// What a node says about its recovery; none if it does not answer.
     pub fn recovery(&self, index: usize) -> Option<RecoveryState> {
-        let mut client = Client::connect(self.nodes[index].port).ok()?;
-        client.set_timeout(Duration::from_secs(5)).ok()?;
+        let mut client = self.nodes[index].connect().ok()?;
         let request = Request::new(Opcode::STAT_RECOVERY).length(RecoveryState::LEN);
         let (response, payload) = client.call(request, &[]).ok()?;
         response.result.ok().ok()?;
@@ -444,7 +487,7 @@ impl Cluster {
         let port = self.nodes[index].port.to_string();
         let mut child = Command::new(binaries::dog())
             .args(args)
-            .args(["-a", "127.0.0.1", "-p", &port])
+            .args(["-a", &self.nodes[index].address, "-p", &port])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -10,11 +10,14 @@
 pub mod binaries;
 pub mod client;
 pub mod cluster;
+pub mod corosync;
 pub mod disk;
+pub mod hosts;
 pub mod load;
 pub mod netns;
 mod node;
 pub mod ports;
+pub mod scale;
 pub mod vdi;
 pub mod vectors;
 pub mod wait;
@@ -22,6 +25,8 @@ pub mod zookeeper;
 
 pub use client::{Client, answer};
 pub use cluster::{Builder, Cluster};
+pub use corosync::Corosync;
+pub use hosts::{Hosts, Nic};
 pub use netns::{in_own_mounts, in_own_network};
 pub use node::{Node, Output};
 pub use ports::Ports;

@@ -1,7 +1,8 @@
-//! Tests that need fixed ports run in a network namespace of their own, those that mount something in a mount namespace.
+//! Tests that need fixed ports, a corosync of their own, several hosts, or mounts, run in namespaces of their own.
 //!
-//! Captures depend on ports (they decide placement), and two tests cannot listen on the same one. The test executable
-//! starts itself again for just that test under `unshare`, which needs no privileges where user namespaces are allowed.
+//! Captures depend on ports (they decide placement), two tests cannot listen on the same one, corosync's sockets belong
+//! to a network namespace. The test executable starts itself again for just that test under `unshare`, which needs no
+//! privileges where user namespaces are allowed.
 
 use std::process::Command;
 
@@ -9,7 +10,18 @@ use crate::binaries::system;
 
 const MARK: &str = "SHEEPDOG_TEST_IN_NAMESPACE";
 
-/// Runs the test `name` (its full path inside the executable) again in an own network namespace and returns `true`
+/// Makes fresh namespaces usable: loopback up, and private copies of the directories that corosync writes to.
+pub(crate) const PREPARE: &str = "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && mount --make-rprivate / && \
+    for dir in /run /dev/shm /var/lib/corosync; do \
+        [ ! -d $dir ] || mount -t tmpfs tmpfs $dir || exit 125; \
+    done";
+
+/// Whether this process runs where it may start a corosync and make interfaces.
+pub(crate) fn is_own_network() -> bool {
+    std::env::var_os(MARK).is_some()
+}
+
+/// Runs the test `name` (its full path inside the executable) again in namespaces of its own and returns `true`
 /// when that run is over; inside it returns `false` and the test goes on. Panics if the inner run failed.
 ///
 /// ```no_run
@@ -23,7 +35,7 @@ const MARK: &str = "SHEEPDOG_TEST_IN_NAMESPACE";
 /// ```
 pub fn in_own_network(name: &str) -> bool {
     let _needed = system("ip", "iproute2");
-    again(name, "n", "PATH=$PATH:/usr/sbin:/sbin; ip link set lo up && exec \"$0\" \"$@\"")
+    again(name, "nm", &format!("{PREPARE}; exec \"$0\" \"$@\""))
 }
 
 /// As [`in_own_network`], with an own view of the mounted file systems: what the test mounts is gone with it.

@@ -44,6 +44,10 @@ impl Output {
 pub struct Node {
     /// Its number in the cluster.
     pub index: usize,
+    /// Address.
+    pub address: String,
+    /// Words before its command: it runs on another host.
+    pub(crate) inside: Vec<String>,
     /// TCP port.
     pub port: u16,
     /// Failure domain.
@@ -68,7 +72,10 @@ impl Node {
             .append(true)
             .open(self.stderr_path())
             .unwrap_or_else(|e| panic!("{}: {e}", self.stderr_path().display()));
-        let mut command = Command::new(binaries::sheep());
+        let program = binaries::sheep().display().to_string();
+        let words: Vec<&String> = self.inside.iter().chain([&program]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         command
             .args(&self.args)
             .stdin(Stdio::null())
@@ -141,16 +148,20 @@ impl Node {
     /// Waits until the daemon accepts connections; panics if it ends instead.
     pub(crate) fn wait_listening(&mut self) {
         let what = format!("node {} to listen on {}", self.index, self.port);
-        let port = self.port;
         wait_for(&what, DEADLINE, || {
             assert!(self.is_running(), "node {} ended: {:?}\n{}", self.index, self.exit, self.tail(60));
-            Client::connect(port).ok()
+            self.connect().ok()
         });
     }
 
-    /// A new connection over TCP.
+    /// Connects as [`Node::client`], if the daemon listens.
+    pub(crate) fn connect(&self) -> std::io::Result<Client> {
+        if self.inside.is_empty() { Client::connect(self.port) } else { Client::connect_unix(&self.sock()) }
+    }
+
+    /// A new connection over TCP; to a daemon on another host over its Unix socket, which no cut concerns.
     pub fn client(&self) -> Client {
-        Client::connect(self.port).unwrap_or_else(|e| panic!("node {} on {}: {e}", self.index, self.port))
+        self.connect().unwrap_or_else(|e| panic!("node {} on {}: {e}", self.index, self.port))
     }
 
     /// A new connection over the Unix socket.
@@ -205,6 +216,12 @@ impl Node {
         let dirs = self.object_dirs().into_iter().map(|d| d.join(".stale"));
         let entries = dirs.filter_map(|d| fs::read_dir(d).ok()).flatten().filter_map(Result::ok);
         entries.filter_map(|e| Some((e.file_name().into_string().ok()?, e.path()))).collect()
+    }
+
+    /// Threads of the process.
+    pub fn threads(&self) -> u64 {
+        self.pid()
+            .map_or(0, |pid| fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) as u64)
     }
 
     /// Open descriptors of the process.

@@ -26,6 +26,7 @@ pub struct ZooKeeper {
 struct Server {
     config: PathBuf,
     log: PathBuf,
+    address: String,
     port: u16,
     child: Option<Child>,
 }
@@ -33,6 +34,11 @@ struct Server {
 impl ZooKeeper {
     /// Starts `count` servers, 1 or 3 to 5, and waits until they serve.
     pub fn start(count: usize) -> ZooKeeper {
+        ZooKeeper::start_on("127.0.0.1", count)
+    }
+
+    /// As [`ZooKeeper::start`], for clients of this address of the machine.
+    pub fn start_on(address: &str, count: usize) -> ZooKeeper {
         assert!(Path::new(JAR).exists(), "{JAR} is missing: install Debian's package zookeeper");
         assert!(count * 3 <= Ports::MAX, "a block of ports is enough for {} servers", Ports::MAX / 3);
         let ports = Ports::reserve();
@@ -42,7 +48,7 @@ impl ZooKeeper {
             let (peer, vote) = (ports.get(count + 2 * i), ports.get(count + 2 * i + 1));
             members += &format!("server.{}=127.0.0.1:{peer}:{vote}\n", i + 1);
         }
-        let servers = (0..count).map(|i| server(dir.path(), i, ports.get(i), &members)).collect();
+        let servers = (0..count).map(|i| server(dir.path(), i, address, ports.get(i), &members)).collect();
         let mut zookeeper = ZooKeeper { servers, _dir: dir, _ports: ports };
         zookeeper.start_all();
         zookeeper
@@ -50,7 +56,7 @@ impl ZooKeeper {
 
     /// `HOST:PORT[,HOST:PORT...]` for clients.
     pub fn hosts(&self) -> String {
-        self.servers.iter().map(|s| format!("127.0.0.1:{}", s.port)).collect::<Vec<_>>().join(",")
+        self.servers.iter().map(|s| format!("{}:{}", s.address, s.port)).collect::<Vec<_>>().join(",")
     }
 
     /// Starts the servers that do not run and waits until all serve.
@@ -90,19 +96,20 @@ impl Drop for ZooKeeper {
     }
 }
 
-fn server(dir: &Path, index: usize, port: u16, members: &str) -> Server {
+fn server(dir: &Path, index: usize, address: &str, port: u16, members: &str) -> Server {
     let data = dir.join(format!("s{index}"));
     std::fs::create_dir_all(&data).unwrap_or_else(|e| panic!("{}: {e}", data.display()));
     let config = dir.join(format!("s{index}.cfg"));
     let text = format!(
         "tickTime={TICK}\ninitLimit=100\nsyncLimit=20\nminSessionTimeout=500\nmaxSessionTimeout=60000\n\
-         dataDir={}\nclientPort={port}\nclientPortAddress=127.0.0.1\nmaxClientCnxns=0\n\
+         dataDir={}\nclientPort={port}\nclientPortAddress={address}\nmaxClientCnxns=0\n\
          admin.enableServer=false\n4lw.commands.whitelist=*\n{members}",
         data.display()
     );
     std::fs::write(data.join("myid"), format!("{}\n", index + 1)).expect("myid is written");
     std::fs::write(&config, text).expect("the configuration is written");
-    Server { config, log: dir.join(format!("s{index}.log")), port, child: None }
+    let log = dir.join(format!("s{index}.log"));
+    Server { config, log, address: address.to_owned(), port, child: None }
 }
 
 impl Server {
@@ -127,7 +134,7 @@ impl Server {
 
     /// The answer to a four-letter command.
     fn ask(&self, command: &str) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        let mut stream = TcpStream::connect((self.address.as_str(), self.port)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
         stream.write_all(command.as_bytes()).ok()?;
         let mut text = String::new();

@@ -1,7 +1,7 @@
 //! The option table and the texts printed by `--help`, `--version` and for an option without its argument (spec 04,
 //! 16.2). Tools scrape the table; the detailed texts are ours.
 
-use sheepdog_cluster::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER};
+use sheepdog_cluster::{DEFAULT_DRIVER, DRIVER_NAMES};
 use sheepdog_getopt::Opt;
 
 /// Stands for `--nbd`, which has no letter.
@@ -77,7 +77,7 @@ pub fn version() -> String {
 
 /// The drivers as version and error texts list them.
 pub fn drivers() -> String {
-    format!("Supported features:\n\tCluster drivers: {}\n", BUILT_DRIVER_NAMES.join(" "))
+    format!("Supported features:\n\tCluster drivers: {}\n", DRIVER_NAMES.join(" "))
 }
 
 /// The table of log levels.

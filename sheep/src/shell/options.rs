@@ -7,7 +7,7 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
-use sheepdog_cluster::{BUILT_DRIVER_NAMES, DEFAULT_DRIVER, DriverError, select};
+use sheepdog_cluster::{DEFAULT_DRIVER, DriverError, select};
 use sheepdog_getopt::{Error as GetoptError, Item, Parser};
 use sheepdog_proto::DEFAULT_PORT;
 
@@ -276,7 +276,7 @@ impl Given {
             Some(path) => format!("local:{}", absolute(path)?.display()),
             None => cluster,
         };
-        self.refuse_missing_features(&cluster)?;
+        self.refuse_missing_features()?;
         let (base, disks) = store_path(self.path.as_deref())?;
         if !self.wq_threads.is_empty() {
             self.notices.push(
@@ -318,10 +318,8 @@ impl Given {
     }
 
     /// A feature asked for and silently absent would lose data or availability that the operator counts on.
-    fn refuse_missing_features(&self, cluster: &str) -> Result<(), Refusal> {
-        let driver = select(cluster).map_or(DEFAULT_DRIVER, |s| s.name);
+    fn refuse_missing_features(&self) -> Result<(), Refusal> {
         let missing = [
-            (!BUILT_DRIVER_NAMES.contains(&driver), "-c (--cluster)", format!("the {driver} driver")),
             (self.journal.is_some(), "-j (--journal)", "the journal".to_owned()),
             (self.http.is_some(), "-r (--http)", "the HTTP service".to_owned()),
             (self.cache.is_some(), "--cache", "the object cache".to_owned()),

@@ -153,10 +153,6 @@ fn features_that_do_not_exist_are_refused_by_the_name_of_their_option() {
         ("-j size=64M", "sheep: option -j (--journal): the journal is not available in this version\n"),
         ("-r swift", "sheep: option -r (--http): the HTTP service is not available in this version\n"),
         ("--cache size=1G", "sheep: option --cache: the object cache is not available in this version\n"),
-        (
-            "-c corosync",
-            "sheep: option -c (--cluster): the corosync driver is not available in this version\n",
-        ),
     ];
     for (args, line) in table {
         assert_eq!(refused(&format!("{args} /s")).1, line, "{args}");
@@ -178,7 +174,7 @@ fn the_store_directory_is_required() {
 fn an_unknown_driver_or_level_lists_the_known_ones_on_standard_output() {
     let (stdout, stderr) = refused("-c accord /s");
     assert_eq!(stderr, "Invalid cluster driver 'accord'\n");
-    assert_eq!(stdout, "\nSupported features:\n\tCluster drivers: zookeeper local\n");
+    assert_eq!(stdout, "\nSupported features:\n\tCluster drivers: zookeeper corosync local\n");
     let (stdout, stderr) = refused("-l level=loud /s");
     assert_eq!(stderr, "Invalid log level 'loud'\n");
     assert!(stdout.contains("  6  info "), "{stdout}");
@@ -256,7 +252,7 @@ Try 'sheep <option>', e.g., 'sheep -w', to get more detail about specific option
     assert_eq!(
         stdout,
         format!(
-            "Sheepdog daemon version {version}\n\nSupported features:\n\tCluster drivers: zookeeper local\n\tMiscellaneous: nbd\n"
+            "Sheepdog daemon version {version}\n\nSupported features:\n\tCluster drivers: zookeeper corosync local\n\tMiscellaneous: nbd\n"
         )
     );
 }

@@ -1,8 +1,9 @@
 //! Is a listed process still the sheep that listed itself? (spec 04, 11.4 and 11.6)
 //!
 //! The file names processes by pid alone. A pid counts only if it exists, is no zombie and, where `/proc` shows it, has
-//! the queue file open. The last check walks all descriptors, so its result is remembered with the process's start
-//! time, which tells a recycled pid.
+//! the queue file open. The last check walks all descriptors, so its result is remembered with a descriptor of the
+//! process: every process looks at every other one every 50 ms, which would be most of the work of 128 idle daemons if
+//! it took more than one cheap call. Where the kernel has no such descriptors, the start time tells a recycled pid.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,13 +14,15 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
+use super::pidfd::PidFd;
+
 /// Judges pids against one queue file.
 #[derive(Debug)]
 pub struct Liveness {
     file_id: (u64, u64),
     me: i32,
-    /// Start time, in clock ticks after boot, of the processes seen with the file open.
-    seen: HashMap<i32, u64>,
+    /// Start time, in clock ticks after boot, and descriptor of the processes seen with the file open.
+    seen: HashMap<i32, (u64, Option<PidFd>)>,
 }
 
 impl Liveness {
@@ -31,6 +34,11 @@ impl Liveness {
     /// Whether the pid is a live user of the file.
     pub fn alive(&mut self, pid: i32) -> bool {
         if pid == self.me {
+            return true;
+        }
+        if let Some((_, Some(process))) = self.seen.get(&pid)
+            && !process.has_ended()
+        {
             return true;
         }
         let alive = pid > 0 && self.examine(pid);
@@ -55,12 +63,14 @@ impl Liveness {
             }
             Err(_) => return true,
         };
-        if self.seen.get(&pid) == Some(&started) {
+        if self.seen.get(&pid).is_some_and(|(known, _)| *known == started) {
             return true;
         }
+        // Opened first: should the pid change hands meanwhile, the descriptor is that of the dead one.
+        let process = PidFd::open(pid);
         match self.has_file_open(pid) {
             Some(true) => {
-                self.seen.insert(pid, started);
+                self.seen.insert(pid, (started, process));
                 true
             }
             Some(false) => false,

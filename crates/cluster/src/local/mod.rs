@@ -4,6 +4,7 @@
 mod layout;
 mod liveness;
 mod member;
+mod pidfd;
 mod queue;
 mod wake;
 

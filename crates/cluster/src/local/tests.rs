@@ -9,28 +9,7 @@ use super::layout::*;
 use super::member::Member;
 use super::queue::QueueFile;
 use super::*;
-
-fn vectors() -> Value {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/vectors/cluster.json");
-    serde_json::from_slice(&std::fs::read(path).expect("vector file")).expect("JSON")
-}
-
-fn unhex(text: &str) -> Vec<u8> {
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).expect("hex")).collect()
-}
-
-fn num(value: &Value) -> u64 {
-    value.as_u64().expect("number")
-}
-
-fn captured(event: &Value) -> Vec<u8> {
-    let mut bytes = vec![0; EVENT_LEN];
-    for segment in event["segments"].as_array().expect("segments") {
-        let (off, data) = (num(&segment["off"]) as usize, unhex(segment["hex"].as_str().expect("hex")));
-        bytes[off..off + data.len()].copy_from_slice(&data);
-    }
-    bytes
-}
+use crate::captures::{self, captured, num, vectors};
 
 fn zero_scratch(event: &mut [u8]) {
     event[8..32].fill(0);
@@ -40,13 +19,7 @@ fn zero_scratch(event: &mut [u8]) {
 }
 
 fn check_node(got: &LocalNode, want: &Value) {
-    let node = &want["node"];
-    assert_eq!(got.node.nid.socket_addr().ip().to_string(), node["addr"].as_str().expect("addr"));
-    assert_eq!(u64::from(got.node.nid.port), num(&node["port"]));
-    assert_eq!(u64::from(got.node.nid.io_port), num(&node["io_port"]));
-    assert_eq!(u64::from(got.node.nr_vnodes), num(&node["nr_vnodes"]));
-    assert_eq!(u64::from(got.node.zone), num(&node["zone"]));
-    assert_eq!(got.node.space, num(&node["space"]));
+    captures::check_node(&got.node, &want["node"]);
     assert_eq!(got.pid as u64, num(&want["pid"]));
     assert_eq!(u64::from(got.gateway), num(&want["gateway"]));
 }
@@ -97,7 +70,7 @@ fn captured_events_decode_and_encode() {
             _ => (NONBLOCK, num(&captured_event["slot"]) as usize),
         };
         assert_eq!(ring.slot(slot), num(&captured_event["file_offset"]));
-        let mut bytes = captured(captured_event);
+        let mut bytes = captured(captured_event, EVENT_LEN);
         raw.write_all_at(&bytes, ring.slot(slot)).expect("write");
         let file = queue.lock().expect("lock");
         let event = file.event(ring, slot).expect("decodes");
@@ -141,7 +114,7 @@ fn captured_members_follow_from_the_event_before() {
         .iter()
         .filter(|e| e["queue"] == "nonblock")
         .map(|e| {
-            let bytes = captured(e);
+            let bytes = captured(e, EVENT_LEN);
             let head = EventHead::decode(&bytes).expect("head");
             let (kind, _) = check_head(&head).expect("valid");
             let nr = num(&e["decoded"]["nr_lnodes"]) as usize;

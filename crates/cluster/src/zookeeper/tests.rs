@@ -1,6 +1,5 @@
 //! Layout against captured bytes, and the meaning of the queue by table.
 
-use serde_json::Value;
 use sheepdog_proto::cluster::CLUSTER_INFO_LEN;
 use sheepdog_proto::message::ClusterMessage;
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord, Wire};
@@ -8,33 +7,7 @@ use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord, Wire};
 use super::history::{History, advance_blocks};
 use super::layout::*;
 use crate::Event;
-
-fn vectors() -> Value {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/vectors/cluster.json");
-    let all: Value = serde_json::from_slice(&std::fs::read(path).expect("vector file")).expect("JSON");
-    all["zookeeper"].clone()
-}
-
-fn unhex(text: &str) -> Vec<u8> {
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).expect("hex")).collect()
-}
-
-fn hex(value: &Value) -> u64 {
-    u64::from_str_radix(value.as_str().expect("hex text").trim_start_matches("0x"), 16).expect("hex")
-}
-
-fn num(value: &Value) -> u64 {
-    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
-}
-
-fn captured(event: &Value) -> Vec<u8> {
-    let mut bytes = vec![0; num(&event["total_len"]) as usize];
-    for segment in event["segments"].as_array().expect("segments") {
-        let (off, data) = (num(&segment["off"]) as usize, unhex(segment["hex"].as_str().expect("hex")));
-        bytes[off..off + data.len()].copy_from_slice(&data);
-    }
-    bytes
-}
+use crate::captures::*;
 
 fn zero_scratch(bytes: &mut [u8]) {
     bytes[16..56].fill(0);
@@ -55,45 +28,13 @@ fn zero_scratch(bytes: &mut [u8]) {
     }
 }
 
-fn check_node(got: &NodeRecord, want: &Value) {
-    assert_eq!(got.nid.socket_addr().ip().to_string(), want["addr"].as_str().expect("addr"));
-    assert_eq!(u64::from(got.nid.port), num(&want["port"]));
-    assert_eq!(u64::from(got.nid.io_port), num(&want["io_port"]));
-    assert_eq!(u64::from(got.nr_vnodes), num(&want["nr_vnodes"]));
-    assert_eq!(u64::from(got.zone), num(&want["zone"]));
-    assert_eq!(got.space, num(&want["space"]));
-}
-
-fn check_nodes(got: &[NodeRecord], want: &Value) {
-    let want = want.as_array().expect("a list");
-    assert_eq!(got.len(), want.len());
-    got.iter().zip(want).for_each(|(got, want)| check_node(got, want));
-}
-
-fn check_info(got: &ClusterInfo, want: &Value) {
-    let h = &got.header;
-    assert_eq!(u64::from(h.proto_ver), num(&want["proto_ver"]));
-    assert_eq!(u64::from(h.disable_recovery), num(&want["disable_recovery"]));
-    assert_eq!(got.nodes.len() as u64, num(&want["nr_nodes"]));
-    assert_eq!(u64::from(h.epoch.0), num(&want["epoch"]));
-    assert_eq!(h.ctime, hex(&want["ctime"]));
-    assert_eq!(u64::from(h.flags.0), hex(&want["flags"]));
-    assert_eq!(u64::from(h.nr_copies), num(&want["nr_copies"]));
-    assert_eq!(u64::from(h.copy_policy), num(&want["copy_policy"]));
-    assert_eq!(u64::from(h.status), num(&want["status"]));
-    assert_eq!(u64::from(h.block_size_shift), num(&want["block_size_shift"]));
-    let store = sheepdog_proto::cstr(&h.default_store);
-    assert_eq!(store, want["default_store"].as_str().expect("name").as_bytes());
-    check_nodes(&got.nodes, &want["nodes"]);
-}
-
 #[test]
 fn captured_entries_decode_to_their_fields_and_encode_to_their_bytes() {
     let vectors = vectors();
-    let events = vectors["events"].as_array().expect("events");
+    let events = vectors["zookeeper"]["events"].as_array().expect("events");
     assert!(events.len() >= 10, "{}", events.len());
     for event in events {
-        let (mut bytes, want) = (captured(event), &event["decoded"]);
+        let (mut bytes, want) = (captured(event, num(&event["total_len"]) as usize), &event["decoded"]);
         let entry = Entry::decode(&bytes).unwrap_or_else(|e| panic!("{}: {e}", event["name"]));
         let head = EntryHead::decode(&bytes).expect("a head");
         assert_eq!(entry.id, hex(&want["id"]));
@@ -129,7 +70,7 @@ fn captured_entries_decode_to_their_fields_and_encode_to_their_bytes() {
 
 #[test]
 fn captured_znodes_have_the_layouts_written_here() {
-    let znodes = vectors()["znodes"].clone();
+    let znodes = vectors()["zookeeper"]["znodes"].clone();
     let text = znodes.to_string();
     let node = NodeId::new([127, 0, 0, 1].into(), 7410);
     assert!(text.contains(&member_path(&node)[1..]), "{text}");

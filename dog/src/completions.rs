@@ -197,6 +197,8 @@ _dog_main() {
     fi
 }
 compdef _dog_main dog
+# Found in $fpath, this file runs as a function when dog is completed for the first time.
+if [[ $funcstack[1] == _dog ]]; then _dog_main \"$@\"; fi
 ";
     [head, &lookup(places), &described, WALK, tail].concat()
 }

@@ -22,6 +22,7 @@ pub fn run(words: Vec<String>) -> i32 {
     crate::invocation_log::record(&words);
     let mut words = words.into_iter();
     let program = words.next().unwrap_or_else(|| "dog".into());
+    let mut words = json_after_command(words.collect()).into_iter();
     let (command, top) = match find_command(&mut words) {
         Ok(found) => found,
         Err(status) => return status,
@@ -55,6 +56,18 @@ pub fn run(words: Vec<String>) -> i32 {
 fn usage(command: &Command, top: &Subcommand, path: &[&'static Subcommand]) -> i32 {
     command.print_usage(top, path);
     64
+}
+
+/// `--json` before a word that names the command moves behind that word. Command lines that end there, or go on with
+/// an option, stay as they are and get the original's complaint.
+fn json_after_command(mut words: Vec<String>) -> Vec<String> {
+    for at in 0..2.min(words.len()) {
+        let flags = words[at..].iter().take_while(|word| *word == "--json").count();
+        if words.get(at + flags).is_some_and(|word| !word.starts_with('-')) {
+            words[at..=at + flags].rotate_right(1);
+        }
+    }
+    words
 }
 
 fn is_help(word: &str) -> bool {
@@ -184,5 +197,25 @@ async fn dispatch(
     match row.run {
         Some(run) => run(&context).await,
         None => Err(Stop::Usage),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_may_stand_before_the_words_of_a_command() {
+        let moved = |line: &str| json_after_command(line.split(' ').map(String::from).collect()).join(" ");
+        assert_eq!(moved("--json node list"), "node list --json");
+        assert_eq!(moved("node --json list -r"), "node list --json -r");
+        assert_eq!(moved("--json node --json md info"), "node md --json --json info");
+        assert_eq!(moved("node list --json"), "node list --json");
+        assert_eq!(moved("--json top"), "top --json");
+        for as_it_was in
+            ["--json", "node --json", "top --json -i 5", "--json -p 7000 node", "--jso node list", ""]
+        {
+            assert_eq!(moved(as_it_was), as_it_was);
+        }
     }
 }

@@ -231,3 +231,23 @@ fn a_block_is_entered_in_the_map_only_after_it_exists() {
     }
     assert!(dog("vdi read v", b"") == data, "what was written is read back");
 }
+
+#[test]
+fn eight_objects_are_checked_at_the_same_time() {
+    let cluster = FakeCluster::start(1);
+    let env = [("SHEEPDOG_DOG_ADDR".to_string(), cluster.address.to_string())];
+    let dog = |line: &str| {
+        let args: Vec<String> =
+            line.split(' ').map(String::from).chain(["-p".into(), "7700".into()]).collect();
+        let result = run(Path::new(env!("CARGO_BIN_EXE_dog")), &args, &env, b"");
+        assert_eq!(result.rc, 0, "{line}: {}", String::from_utf8_lossy(&result.stderr));
+        result.stdout
+    };
+    dog("cluster format -V -c 1");
+    dog("vdi create -P v 60M");
+    // The inode and 15 blocks, twice eight: fewer at a time would wait for each other for ever.
+    cluster.state.lock().unwrap().hashes_together = 8;
+    assert!(dog("vdi check v").ends_with(b"finish check&repair v\n"));
+    let log = std::mem::take(&mut cluster.state.lock().unwrap().log);
+    assert_eq!(log.iter().filter(|r| r.request.opcode == Opcode::GET_HASH).count(), 16);
+}

@@ -124,6 +124,20 @@ fn listings_as_json() {
 }
 
 #[test]
+fn json_may_be_asked_for_before_and_after_the_command() {
+    let mut cluster = Cluster::new(1);
+    let expected = json_of(&mut cluster, &["node", "list"]);
+    for words in [["--json", "node", "list"], ["node", "--json", "list"], ["node", "list", "--json"]] {
+        let text = cluster.dog(&words).ok();
+        assert_eq!(serde_json::from_str::<Value>(&text).expect("JSON"), expected, "{words:?}");
+    }
+    let throttle = cluster.dog(&["--json", "node", "recovery", "get-throttle"]).ok();
+    assert_eq!(throttle, cluster.dog(&["node", "recovery", "get-throttle", "--json"]).ok());
+    let without = cluster.dog(&["--json", "vdi", "read", "alpha"]);
+    assert_eq!((without.code, without.stderr.as_str()), (64, "'dog vdi read' has no JSON output\n"));
+}
+
+#[test]
 fn health_is_told_by_the_exit_status() {
     let mut cluster = Builder::new(3).copies(3).unformatted().start();
     let health = cluster.dog(&["cluster", "health"]);

@@ -6,6 +6,7 @@
 use std::io::{self, Read};
 
 use bytes::Bytes;
+use sheepdog_buffer::PageBuf;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::out;
@@ -99,7 +100,8 @@ pub fn read_pieces(
 }
 
 fn read_piece(input: &mut impl Read, length: usize) -> io::Result<Input> {
-    let mut data = vec![0; length];
+    // From the pool: fresh memory costs more in page faults than reading into it.
+    let mut data = PageBuf::dirty(length);
     let mut filled = 0;
     while filled < length {
         match input.read(&mut data[filled..]) {
@@ -109,5 +111,6 @@ fn read_piece(input: &mut impl Read, length: usize) -> io::Result<Input> {
             Err(e) => return Err(e),
         }
     }
-    Ok(Input { data: data.into(), last: filled < length })
+    data[filled..].fill(0);
+    Ok(Input { data: data.freeze(), last: filled < length })
 }

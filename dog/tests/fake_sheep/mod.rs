@@ -14,6 +14,7 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use sheepdog_proto::admin::{MdInfo, RecoveryState, RecoveryThrottling, SdStat, encode_md_info};
 use sheepdog_proto::cluster::{ClusterInfoHeader, EpochRecord};
@@ -49,6 +50,8 @@ pub struct State {
     log_level: i32,
     throttle: RecoveryThrottling,
     clock: u64,
+    /// Answers to GET_HASH are held back until so many requests wait on their connection.
+    pub hashes_together: usize,
     /// Everything received.
     pub log: Vec<Recorded>,
 }
@@ -80,6 +83,7 @@ impl FakeCluster {
             log_level: 6,
             throttle: RecoveryThrottling::default(),
             clock: 1_704_189_141,
+            hashes_together: 1,
             log: Vec::new(),
         };
         let state = Arc::new(Mutex::new(state));
@@ -114,8 +118,13 @@ fn listen(count: u16) -> (Ipv4Addr, Vec<TcpListener>) {
     }
 }
 
+/// How long a client may be silent.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Serves one connection until it ends.
 fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (mut answers, mut waiting) = (Vec::new(), 0);
     let mut head = [0; Request::LEN];
     while stream.read_exact(&mut head).is_ok() {
         let request = Request::from_bytes(&head);
@@ -126,11 +135,20 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
                 return;
             }
         }
-        let (response, data) = state.lock().unwrap().answer(port, &request, payload);
+        let mut state = state.lock().unwrap();
+        let (response, data) = state.answer(port, &request, payload);
+        answers.extend([&response.to_bytes()[..], &data].concat());
+        waiting += 1;
+        if request.opcode == Opcode::GET_HASH && waiting < state.hashes_together {
+            continue;
+        }
+        drop(state);
         // In one piece: two would wait for each other's acknowledgement.
-        if stream.write_all(&[&response.to_bytes()[..], &data].concat()).is_err() {
+        if stream.write_all(&answers).is_err() {
             return;
         }
+        answers.clear();
+        waiting = 0;
     }
 }
 

@@ -1,6 +1,7 @@
 //! Captured runs of the original's `dog` (`dog-cli*.json`), replayed with our `dog` against our `sheep`.
 //!
-//! Each scenario runs in a network namespace of its own, because the captured placement depends on address and ports.
+//! Each scenario runs in network and mount namespaces of its own, because the captured placement depends on address and
+//! ports, and some need a disk whose free space only they change.
 //! That takes root, or a kernel that lets users make namespaces. The binaries are those next to the test, or `SHEEP`
 //! and `DOG` say where they are; build them first (`cargo build -p sheep -p dog`).
 
@@ -9,6 +10,7 @@
 #[path = "../../../dog/tests/common/mod.rs"]
 mod common;
 mod daemons;
+mod private_disk;
 mod steps;
 mod terminal;
 
@@ -17,6 +19,7 @@ use std::process::Command;
 
 use common::{Scenario, load, output_key, stdin_of};
 use daemons::{Daemons, binary};
+use private_disk::PrivateDisk;
 use serde_json::Value;
 
 /// Set inside the namespace.
@@ -33,7 +36,7 @@ fn scenario(test: &str, file: &str, name: &str, known: &[u64]) {
     }
     let root = nix::unistd::geteuid().is_root();
     let status = Command::new("unshare")
-        .args(if root { &["-n"][..] } else { &["-r", "-n"] })
+        .args(if root { &["-n", "-m"][..] } else { &["-r", "-n", "-m"] })
         .args(["sh", "-c", "ip link set lo up && exec \"$@\"", "sh"])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
@@ -53,6 +56,8 @@ fn replay(file: &str, name: &str, known: &[u64]) {
         vec![("<T>", scratch.path().display().to_string()), ("<C>", stores.path().display().to_string())];
     let texts: Vec<&Value> = entries.iter().copied().filter(|e| e["argv"].is_array()).collect();
     let scenario = Scenario::new(&texts, replace);
+    let reweights = texts.iter().any(|entry| entry["argv"][1] == "reweight");
+    let _disk = reweights.then(|| PrivateDisk::mount(stores.path()));
     let mut daemons = Daemons::start(stores.path(), &vectors["clusters"][name]);
     let mut runner = Replay::new(name);
     for entry in entries {

@@ -1,7 +1,7 @@
 //! The content-addressed files of a snapshot directory (spec 07, 15.1 to 15.3).
 //!
-//! A file is named by the SHA-1 of its bytes. Files are written under a temporary name and renamed, so that a crash
-//! never leaves a short file under a valid name; reading verifies the hash.
+//! A file is named by the SHA-1 of its bytes. Files are written under a temporary name of their own and renamed, so
+//! that neither a crash nor another thread ever sees a short file under a valid name; reading verifies the hash.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use sha1::{Digest, Sha1};
 use sheepdog_proto::{Oid, Wire};
@@ -97,7 +98,8 @@ fn hex(hash: &Hash) -> String {
     hash.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// A snapshot directory.
+/// A snapshot directory. Threads may use it at the same time.
+#[derive(Debug, Clone)]
 pub struct Content {
     root: PathBuf,
 }
@@ -133,7 +135,9 @@ impl Content {
         if fs::metadata(&path).is_ok_and(|meta| meta.len() == bytes.len() as u64) {
             return Ok(hash);
         }
-        let temporary = path.with_extension(format!("tmp{}", std::process::id()));
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("tmp{}-{number}", std::process::id()));
         let write = || -> io::Result<()> {
             let mut file = fs::OpenOptions::new()
                 .write(true)
@@ -225,6 +229,26 @@ fn make_dir(path: &Path) -> Result<(), SnapshotError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_may_store_the_same_bytes_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = Content::open(dir.path().as_os_str().as_bytes()).unwrap();
+        let object: Vec<u8> = (0..1u32 << 18).flat_map(|i| i.to_le_bytes()).collect();
+        let hashes: Vec<Hash> = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| content.put_object(&object).unwrap())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(hashes.iter().all(|hash| *hash == hashes[0]));
+        let entry =
+            TrunkEntry { oid: Oid(5), block_size_shift: 20, slices: hashes[0], ..TrunkEntry::zeroed() };
+        assert_eq!(content.object(&entry).unwrap(), object);
+        let files =
+            (0..=255u8).flat_map(|first| fs::read_dir(content.root.join(format!("objects/{first:02x}"))));
+        let names: Vec<_> = files.flatten().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(names.iter().all(|name| name.len() == 38), "a temporary file is left: {names:?}");
+    }
 
     #[test]
     fn objects_come_back_and_damage_is_noticed() {

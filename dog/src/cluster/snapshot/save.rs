@@ -14,14 +14,14 @@ use crate::context::Context;
 use crate::exit::{Outcome, SYSTEM, Stop, fail};
 use crate::inode::{InodeHeader, Part};
 use crate::numbers::parse_long;
-use crate::objects::read;
+use crate::objects::{read, report_read};
 use crate::out::{self, text};
-use crate::session::success;
+use crate::session::{Failed, success};
 use crate::terminal::{Progress, Unit};
 use crate::walk::walk_all;
 
-/// Objects read at the same time with `-m`; one without.
-const READ_AHEAD: usize = 8;
+/// Objects read, hashed and written at the same time with `-m`, each by a thread; one without.
+const AT_ONCE: usize = 8;
 
 /// Why nothing was saved; the reason has been printed.
 struct NotSaved;
@@ -134,24 +134,37 @@ async fn save_objects(
     objects: BTreeMap<Oid, TrunkEntry>,
 ) -> Result<Vec<TrunkEntry>, NotSaved> {
     let progress = Progress::new(objects.len() as u64, Unit::Count);
-    let ahead = if context.options.multithread { READ_AHEAD } else { 1 };
-    let mut reads = stream::iter(objects.into_values())
-        .map(|entry| async move {
-            let length = object_len(entry.oid, entry.block_size_shift);
-            (entry, read(&context.session, entry.oid, 0, length, Flags::DIRECT).await)
-        })
-        .buffered(ahead);
+    let at_once = if context.options.multithread { AT_ONCE } else { 1 };
+    let mut objects = stream::iter(objects.into_values())
+        .map(|entry| async move { save_object(context, content, entry).await.map_err(|e| (entry.oid, e)) })
+        .buffered(at_once);
     let mut saved = Vec::new();
-    while let Some((mut entry, data)) = reads.next().await {
-        let oid = entry.oid;
-        let data = data.map_err(|e| {
-            crate::objects::report_read(oid, e);
+    while let Some(result) = objects.next().await {
+        saved.push(result.map_err(|(oid, e)| {
+            match e {
+                Unsaved::Read(e) => report_read(oid, e),
+                Unsaved::Write(e) => e.report(),
+            }
             out::log(format_args!("Fail to save object, oid {oid}"));
             NotSaved
-        })?;
-        entry.slices = content.put_object(&data)?;
-        saved.push(entry);
+        })?);
         progress.show(saved.len() as u64);
     }
     Ok(saved)
+}
+
+/// Why an object was not saved.
+enum Unsaved {
+    Read(Failed),
+    Write(SnapshotError),
+}
+
+/// Copies one object. Hashing and writing are a thread's: they take longer than reading.
+async fn save_object(context: &Context, content: &Content, entry: TrunkEntry) -> Result<TrunkEntry, Unsaved> {
+    let length = object_len(entry.oid, entry.block_size_shift);
+    let data = read(&context.session, entry.oid, 0, length, Flags::DIRECT).await.map_err(Unsaved::Read)?;
+    let content = content.clone();
+    let put = tokio::task::spawn_blocking(move || content.put_object(&data)).await;
+    let slices = put.expect("a panic ends the process").map_err(Unsaved::Write)?;
+    Ok(TrunkEntry { slices, ..entry })
 }

@@ -406,7 +406,7 @@ async fn the_lock_is_held_from_the_first_to_the_last_connection() {
     drop(second);
     world.until_idle().await;
     assert_eq!(world.sheep.locked(), 0);
-    vdi::lock(&*world.sheep, "v").await.unwrap();
+    vdi::lock(&*world.sheep, "v", 0).await.unwrap();
     assert_eq!(world.client().await.ask(OPT_GO, &go_data("v", &[])).await, ERR | 2);
 }
 

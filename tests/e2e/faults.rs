@@ -171,7 +171,6 @@ fn a_rolling_restart_is_bearable() {
 
 /// T12: the gateway dies in the middle of writes, and no client comes back.
 #[test]
-#[ignore = "needs the write-intent log (A3)"]
 fn replicas_converge_after_the_gateway_died_while_it_wrote() {
     let mut cluster = Builder::new(4).copies(3).start();
     let mut client = cluster.nodes[0].client();

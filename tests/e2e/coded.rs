@@ -3,7 +3,7 @@
 use std::fs;
 
 use sheepdog_proto::{Oid, ResultCode, VdiId};
-use sheepdog_testkit::{Builder, Cluster};
+use sheepdog_testkit::{Builder, Cluster, Vdi};
 
 const BLOCKS: u32 = 8;
 
@@ -18,6 +18,13 @@ fn write(cluster: &mut Cluster, vid: VdiId, version: u8) {
             _ => client.write_obj(oid, 777, &data),
         };
         assert_eq!(code.expect("an answer"), ResultCode::SUCCESS, "block {block}");
+    }
+    if version == 1 {
+        // So that a check finds them.
+        let mut vdi = Vdi::open(&mut client, vid).expect("open");
+        for block in 0..BLOCKS {
+            vdi.set_owner(&mut client, block, vid).expect("map");
+        }
     }
 }
 

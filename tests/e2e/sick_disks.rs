@@ -12,7 +12,7 @@ use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::binaries::system;
 use sheepdog_testkit::disk::{object_files, set_size};
 use sheepdog_testkit::load::{Load, Region, Summary};
-use sheepdog_testkit::{Builder, Cluster, in_own_mounts, wait};
+use sheepdog_testkit::{Builder, Cluster, Vdi, in_own_mounts, wait};
 
 const BLOCK: u64 = 4 << 20;
 
@@ -210,12 +210,16 @@ fn an_unreadable_file_is_one_missing_object() {
     for block in 0..8 {
         assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
     }
+    let mut vdi = Vdi::open(&mut cluster.client(), vid).expect("open");
+    for block in 0..8 {
+        vdi.set_owner(&mut cluster.client(), block, vid).expect("map");
+    }
     for round in 0..2 {
         let oid = Oid::data(vid, round);
         let path = cluster.object_path(1, oid).expect("a replica");
         fs::remove_file(&path).expect("remove");
-        // What opens, but is no file to read from.
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        // A name that cannot be opened.
+        std::os::unix::fs::symlink(&path, &path).expect("a link to itself");
         let mut client = cluster.nodes[1].client();
         for block in 0..8 {
             let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
@@ -227,8 +231,8 @@ fn an_unreadable_file_is_one_missing_object() {
             let data = whole(round, 1)[..4096].to_vec();
             assert_eq!(client.write_obj(oid, 0, &data).expect("write"), ResultCode::SUCCESS);
         } else {
-            // Unless the reads have put it right already.
-            cluster.dog(&["vdi", "check", "one"]).ok();
+            let text = cluster.dog(&["vdi", "check", "one"]).ok();
+            assert_eq!(text, format!("fixed missing {oid}\nfinish check&repair one\n"));
         }
         assert!(path.is_file(), "round {round}: it is a file again");
     }

@@ -155,14 +155,17 @@ async fn invalidate_late(sheep: &Arc<Sheep>, vid: VdiId) -> Result<bool, ResultC
     Ok(state == Some(Participation::Invalidated))
 }
 
-/// After a refresh read the client's inode is current again.
-pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
-    if participation(sheep, vid) == Some(Participation::Invalidated) {
-        let result = cohere(sheep, vid, true).await;
-        if !result.is_ok() {
-            tracing::warn!("{vid:?}: refresh was not announced: {result}");
-        }
+/// A refresh read makes the client's inode current. It is announced before the inode is read: a table update that comes
+/// later invalidates this node again, one that was announced earlier has ended when the inode is read.
+pub async fn validate_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
+    if participation(sheep, vid) != Some(Participation::Invalidated) {
+        return;
     }
+    let result = cohere(sheep, vid, true).await;
+    if !result.is_ok() {
+        tracing::warn!("{vid:?}: refresh was not announced: {result}");
+    }
+    settle_updates(sheep, vid).await;
 }
 
 /// How long other nodes may take to end their table updates.

@@ -153,11 +153,10 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode
         return Err(ResultCode::INODE_INVALIDATED);
     }
     let len = request.data_length as usize;
-    let data = sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await?;
     if refresh {
-        map::validate_after_refresh(sheep, body.oid.vid()).await;
+        map::validate_refresh(sheep, body.oid.vid()).await;
     }
-    Ok(data)
+    sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await
 }
 
 async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {

@@ -76,7 +76,7 @@ fn copies_of_a_vdi_are_altered() {
     cluster.dog_in(&["vdi", "write", "vm", "0", "9M"], &data).ok();
     let mut client = cluster.client();
     let vid = client.lookup("vm", "", 0).expect("it exists");
-    // Upwards first: docs/status.md, defect 15.
+    // Upwards first: docs/status.md, defect 17.
     for copies in [3_u8, 4, 1] {
         cluster.dog(&["vdi", "alter-copy", "vm", "-c", &copies.to_string(), "-f"]).ok();
         cluster.wait_recovered();

@@ -58,6 +58,7 @@ pub async fn update(
     if adds && read_lookup_header(sheep, vid).await?.is_deleted() {
         return Err(ResultCode::NO_VDI);
     }
+    let stale = participation(sheep, vid) == Some(Participation::Invalidated);
     invalidate_others(sheep, vid).await?;
     let first = ((offset - TABLE_OFFSET as u64) / 4) as u32;
     let changes = changes(sheep, oid, first, offset, &data).await?;
@@ -77,7 +78,10 @@ pub async fn update(
         return Err(ResultCode::READONLY);
     }
     clear_grefs(sheep, oid, &changes).await?;
-    let stale = !changes.is_empty() && invalidate_late(sheep, vid).await?;
+    let stale = !changes.is_empty() && invalidate_late(sheep, vid).await? || stale;
+    if stale && by == By::Target {
+        sheep.gateway.stale.lock().insert(vid);
+    }
     let drops = changes.iter().filter(|c| c.old != 0).map(|c| {
         let reference = Reference {
             data: Oid::data(VdiId::new(c.old), c.index),
@@ -95,8 +99,7 @@ pub async fn update(
             sheep.gateway.reclaim.enqueue(reference).await;
         }
     }
-    // The entries are in the table; the client reads it again and finds them.
-    if stale && by == By::Target { Err(ResultCode::INODE_INVALIDATED) } else { Ok(()) }
+    Ok(())
 }
 
 async fn changes(
@@ -135,7 +138,8 @@ async fn cohere(sheep: &Arc<Sheep>, vid: VdiId, validate: bool) -> ResultCode {
     sheep.cluster.submit_internal(request, Bytes::new()).await.response.result
 }
 
-fn participation(sheep: &Sheep, vid: VdiId) -> Option<Participation> {
+/// This node's part in a shared lock.
+pub fn participation(sheep: &Sheep, vid: VdiId) -> Option<Participation> {
     sheep.vdis.with_lock(vid, |lock| lock.participation(sheep.me)).flatten()
 }
 
@@ -155,14 +159,17 @@ async fn invalidate_late(sheep: &Arc<Sheep>, vid: VdiId) -> Result<bool, ResultC
     Ok(state == Some(Participation::Invalidated))
 }
 
-/// After a refresh read the client's inode is current again.
-pub async fn validate_after_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
-    if participation(sheep, vid) == Some(Participation::Invalidated) {
-        let result = cohere(sheep, vid, true).await;
-        if !result.is_ok() {
-            tracing::warn!("{vid:?}: refresh was not announced: {result}");
-        }
+/// A refresh read makes the client's inode current. It is announced before the inode is read: a table update that comes
+/// later invalidates this node again, one that was announced earlier has ended when the inode is read.
+pub async fn validate_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
+    if participation(sheep, vid) != Some(Participation::Invalidated) {
+        return;
     }
+    let result = cohere(sheep, vid, true).await;
+    if !result.is_ok() {
+        tracing::warn!("{vid:?}: refresh was not announced: {result}");
+    }
+    settle_updates(sheep, vid).await;
 }
 
 /// How long other nodes may take to end their table updates.

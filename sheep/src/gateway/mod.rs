@@ -20,13 +20,15 @@ mod op;
 pub mod replicas;
 pub mod sequencer;
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use sheepdog_client::Reply;
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_LOOKUP_LEN, TABLE_OFFSET, is_table_update};
-use sheepdog_proto::{Flags, ObjectKind, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_proto::{Flags, ObjectKind, Oid, Opcode, Request, Response, ResultCode, VdiId};
 
 use self::arbiter::Arbiter;
 use self::grants::Grants;
@@ -54,6 +56,8 @@ pub struct Gateway {
     pub numbers: Numbers,
     /// VDIs whose table updates other nodes hold back.
     pub holds: Holds,
+    /// Shared VDIs whose table changed here while the client's inode was stale: it must read the inode again.
+    stale: Mutex<HashSet<VdiId>>,
 }
 
 impl Gateway {
@@ -67,6 +71,7 @@ impl Gateway {
             arbiter: Arbiter::default(),
             numbers: Numbers::default(),
             holds: Holds::default(),
+            stale: Mutex::default(),
         }
     }
 }
@@ -142,8 +147,8 @@ pub fn try_read_inline(sheep: &Arc<Sheep>, request: &Request) -> Option<Reply> {
 /// Whether the request must be refused because this node's client holds a stale inode (spec 01, 8.1 and 17.2).
 fn is_invalidated(sheep: &Sheep, request: &Request, oid: Oid) -> bool {
     request.flags.contains(Flags::TGT)
-        && sheep.vdis.with_lock(oid.vid(), |lock| lock.participation(sheep.me)).flatten()
-            == Some(Participation::Invalidated)
+        && (map::participation(sheep, oid.vid()) == Some(Participation::Invalidated)
+            || sheep.gateway.stale.lock().contains(&oid.vid()))
 }
 
 async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode> {
@@ -153,11 +158,11 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode
         return Err(ResultCode::INODE_INVALIDATED);
     }
     let len = request.data_length as usize;
-    let data = sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await?;
     if refresh {
-        map::validate_after_refresh(sheep, body.oid.vid()).await;
+        sheep.gateway.stale.lock().remove(&body.oid.vid());
+        map::validate_refresh(sheep, body.oid.vid()).await;
     }
-    Ok(data)
+    sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await
 }
 
 async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {
@@ -166,7 +171,12 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     if !request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
     }
-    if is_invalidated(sheep, request, oid) {
+    // New entries are taken from a client with a stale inode, too: if it read the inode first it would forget them.
+    let offset = u64::from(body.offset);
+    let adds = oid.is_inode()
+        && is_table_update(offset, payload.len() as u64)
+        && payload.iter().any(|byte| *byte != 0);
+    if !adds && is_invalidated(sheep, request, oid) {
         return Err(ResultCode::INODE_INVALIDATED);
     }
     let view = sheep.views.load();
@@ -184,7 +194,7 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
     if index && sheep.redundancy(oid.vid(), &sheep.views.load()).snapshot {
         return Err(ResultCode::READONLY);
     }
-    let (offset, len) = (u64::from(body.offset), payload.len() as u64);
+    let len = payload.len() as u64;
     check_range(offset, len, oid.size(redundancy.block_size_shift))?;
     if request.opcode == Opcode::CREATE_AND_WRITE_OBJ {
         return if request.flags.contains(Flags::COW) {

@@ -6,7 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderRequest, order};
-use sheepdog_proto::{ClusterStatus, Epoch, Flags, NodeId, Oid, Opcode, Request, Response, ResultCode};
+use sheepdog_proto::{
+    ClusterStatus, Epoch, Flags, NodeId, ObjectKind, Oid, Opcode, Request, Response, ResultCode,
+};
 
 use super::grants::first_home;
 use super::numbers::Number;
@@ -20,6 +22,9 @@ use crate::view::View;
 
 /// How long an operation may take at the first home. It ends earlier with the epoch; a home that died ends it, too.
 const THROUGH_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long a write waits for its VDI to be announced here.
+const ANNOUNCE_WAIT: Duration = Duration::from_secs(1);
 
 /// How long a request of a newer epoch waits for it here.
 const EPOCH_WAIT: Duration = Duration::from_secs(10);
@@ -135,11 +140,27 @@ async fn turn(
     }
 }
 
+/// Waits for the announcement of a new VDI, which may reach this node after the first object of it; without, its copies
+/// and policy would be taken for the cluster's. Attributes belong to names, which are never announced.
+async fn announced(sheep: &Arc<Sheep>, oid: Oid) {
+    let known = async {
+        while !sheep.redundancy(oid.vid(), &sheep.views.load()).known {
+            tokio::time::sleep(BACKOFF.0).await;
+        }
+    };
+    if oid.kind() != ObjectKind::Attr {
+        let _ = tokio::time::timeout(ANNOUNCE_WAIT, known).await; // nobody announces what nobody creates
+    }
+}
+
 async fn in_turn(sheep: &Arc<Sheep>, oid: Oid, op: &Op, epoch: Epoch) -> Result<Bytes, Failure> {
     let view = at_epoch(sheep, epoch).await?;
     sheep.tables_arrived().await;
     if first_home(&view, oid) != Some(sheep.me) {
         return Err(ResultCode::INVALID_PARMS.into());
+    }
+    if op.is_write() {
+        announced(sheep, oid).await;
     }
     check_range(op.offset(), op.len() as u64, sheep.size_of(oid, &view))?;
     let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));

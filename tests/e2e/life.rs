@@ -161,11 +161,25 @@ fn nodes_that_do_not_fit_are_refused() {
     cluster.format(format, "plain");
     cluster.wait_running();
 
-    let shm = format!("local:{}", cluster.dir().join("shm").display());
+    let shm = cluster.driver.clone();
     let port = cluster.spare_port(0).to_string();
     let fixed = cluster.dir().join("fixed").display().to_string();
-    let output =
-        start_sheep(&["-f", "-b", "127.0.0.1", "-c", &shm, "-p", &port, "-z", "9", "-V", "64", &fixed]);
+    let output = start_sheep(&[
+        "-f",
+        "-b",
+        "127.0.0.1",
+        "-y",
+        "127.0.0.1",
+        "-c",
+        &shm,
+        "-p",
+        &port,
+        "-z",
+        "9",
+        "-V",
+        "64",
+        &fixed,
+    ]);
     assert_eq!(output.status.code(), Some(1), "a fixed weight in a cluster of automatic ones");
     let log = fs::read_to_string(format!("{fixed}/sheep.log")).unwrap_or_default();
     let said = log + &String::from_utf8_lossy(&output.stderr);
@@ -175,7 +189,20 @@ fn nodes_that_do_not_fit_are_refused() {
     let foreign = cluster.dir().join("foreign");
     make_foreign_store(&other_shm, cluster.spare_port(1), &foreign);
     let store = foreign.display().to_string();
-    let output = start_sheep(&["-f", "-b", "127.0.0.1", "-c", &shm, "-p", &port, "-z", "9", &store]);
+    let output = start_sheep(&[
+        "-f",
+        "-b",
+        "127.0.0.1",
+        "-y",
+        "127.0.0.1",
+        "-c",
+        &shm,
+        "-p",
+        &port,
+        "-z",
+        "9",
+        &store,
+    ]);
     assert_eq!(output.status.code(), Some(1), "a store of another cluster");
     let log = fs::read_to_string(foreign.join("sheep.log")).unwrap_or_default();
     assert!(log.contains("joining node ctime doesn't match"), "{log}");

@@ -53,6 +53,35 @@ fn a_node_stopped_past_the_timeout_rejoins_with_the_data_written_meanwhile() {
 }
 
 #[test]
+fn a_session_lost_during_an_operation_ends_the_operation_and_not_the_node() {
+    let mut cluster = Builder::new(3).zookeeper(TIMEOUT).start();
+    // The new VDI's inode cannot be written as long as one of its homes is silent.
+    cluster.sigstop(2);
+    let mut client = cluster.nodes[0].client();
+    let creation = std::thread::spawn(move || client.create_vdi("interrupted", 64 << 20));
+    let has_inode = |cluster: &sheepdog_testkit::Cluster| {
+        let dir = std::fs::read_dir(&cluster.nodes[1].object_dirs()[0]).expect("a directory");
+        dir.flatten().any(|e| e.file_name().to_string_lossy().starts_with("80"))
+    };
+    wait("the operation writes", || has_inode(&cluster));
+    cluster.sigstop(0);
+    wait("the stopped nodes are thrown out", || cluster.members(1).len() == 1);
+    cluster.sigcont(0);
+    cluster.sigcont(2);
+    cluster.wait_members(3);
+    // Whether it was done is unknown to the client if it failed; the node serves either way.
+    eprintln!("interrupted: {:?}", creation.join().expect("no panic"));
+    cluster.wait_running();
+    for node in [0, 2, 1] {
+        let mut client = cluster.nodes[node].client();
+        let vid = client.create_vdi(&format!("after-{node}"), 64 << 20).expect("create");
+        let mut vdi = Vdi::open(&mut client, vid).expect("open");
+        vdi.write(&mut client, 0, &[7; 4096]).expect("write");
+    }
+    cluster.wait_recovered();
+}
+
+#[test]
 fn no_write_is_acknowledged_while_the_lease_is_not_fresh() {
     let mut cluster = Builder::new(1).copies(1).zookeeper(TIMEOUT).start();
     let mut client = cluster.client();

@@ -38,6 +38,44 @@ fn messages_of_all_senders_have_one_order_across_a_checkpoint() {
     let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002, 7003]);
     contract::messages_have_one_order(&mut cluster, 400);
 }
+/// Numbers of the queue's entries.
+fn queue_numbers(zookeeper: &ZooKeeper) -> Vec<u64> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let names = runtime.block_on(async {
+        let client = zookeeper_client::Client::connect(&format!("{}/test", zookeeper.hosts())).await;
+        client.expect("a session").list_children("/queue").await.expect("the queue")
+    });
+    let mut numbers: Vec<u64> = names.iter().map(|name| name.parse().expect("a number")).collect();
+    numbers.sort_unstable();
+    numbers
+}
+
+#[test]
+fn entries_that_all_members_have_passed_long_ago_are_removed_and_joins_go_on() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002, 7003]);
+    assert_eq!(queue_numbers(&zookeeper), [0, 1, 2]);
+    // Beyond the third thousand everybody has its checkpoint at the second, and all but the last thousand before that may
+    // go.
+    contract::messages_have_one_order(&mut cluster, 1100);
+    let oldest = || queue_numbers(&zookeeper).into_iter().min().expect("entries");
+    sheepdog_testkit::wait("old entries to be removed", || oldest() > 0);
+    let numbers = queue_numbers(&zookeeper);
+    assert!(oldest() <= 2001, "a thousand entries before the oldest checkpoint stay");
+    assert_eq!(numbers.iter().max(), Some(&3302), "nothing new is removed");
+    // Who joins now needs nothing of what is gone, and the mutex is where it was.
+    cluster.send(7002, "block");
+    cluster.wait(7002, "granted");
+    cluster.join(7004);
+    cluster.wait(7004, "accept 127.0.0.1:7004 ");
+    cluster.send(7004, "block");
+    cluster.settle("end");
+    assert_eq!(cluster.count(7004, "granted"), 0);
+    cluster.send(7002, "unblock done");
+    cluster.wait(7004, "granted");
+    cluster.assert_one_history();
+}
+
 #[test]
 fn one_block_at_a_time_and_only_after_the_message_before() {
     let zookeeper = ZooKeeper::start(1);

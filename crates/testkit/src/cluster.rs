@@ -224,7 +224,7 @@ impl Builder {
             nodes.push(self.node(root.path(), &driver, index, port, hosts.as_ref()));
         }
         let mut cluster =
-            Cluster { nodes, root: Some(root), reserved, zookeeper, corosync, hosts, keep: false };
+            Cluster { nodes, driver, root: Some(root), reserved, zookeeper, corosync, hosts, keep: false };
         for i in 0..self.nodes {
             cluster.start(i);
         }
@@ -276,6 +276,8 @@ impl Builder {
 pub struct Cluster {
     /// The daemons.
     pub nodes: Vec<Node>,
+    /// What the daemons have behind `-c`.
+    pub driver: String,
     root: Option<TempDir>,
     reserved: Option<Ports>,
     /// The server of a cluster over ZooKeeper.

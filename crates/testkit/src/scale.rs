@@ -44,7 +44,9 @@ pub struct Figures {
 /// writes, starts them again and verifies through several nodes.
 pub fn run(nodes: usize, lost: usize) -> Figures {
     let begin = Instant::now();
-    let mut cluster = Builder::new(nodes).unformatted().start();
+    // The lost nodes are two zones, so that no object loses all of its three copies.
+    let zones: Vec<u32> = (0..nodes).map(|i| (i / (lost / 2).max(1)) as u32).collect();
+    let mut cluster = Builder::new(nodes).zones(&zones).unformatted().start();
     let form = begin.elapsed();
     let format = ClusterRequest {
         copies: 3,

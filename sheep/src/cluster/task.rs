@@ -223,7 +223,7 @@ impl Task {
                 let next = if mine { self.blocks.pop_front() } else { None };
                 answer.give(next.is_some());
                 if let Some(submission) = next {
-                    self.worker.push(Work::Operation(submission.request, submission.payload.clone()));
+                    self.worker.operate(submission.request, submission.payload.clone());
                     self.running = Some(submission);
                 }
             }
@@ -243,6 +243,7 @@ impl Task {
         for sent in self.notifies.drain(..).chain(self.unblocking.take()) {
             refuse(sent.submission);
         }
+        self.worker.abandon();
         self.dropped = self.running.is_some();
         self.block_asked = false;
         let (record, info) = (self.state.me, self.state.cluster_info());

@@ -34,8 +34,8 @@ pub enum Work {
     Fetch(Vec<NodeId>, bool),
     /// Learn the lock states as of an epoch and report to the cluster task.
     CollectLocks(Epoch),
-    /// Run the work part of an operation and report to the cluster task.
-    Operation(Request, Bytes),
+    /// Run the work part of an operation and report to the cluster task, unless the mutex was lost more often than this.
+    Operation(u64, Request, Bytes),
 }
 
 /// The queue's entrance.
@@ -43,13 +43,15 @@ pub enum Work {
 pub struct Worker {
     queue: mpsc::UnboundedSender<Work>,
     fetches: watch::Sender<usize>,
+    /// How often the mutex was lost with the session.
+    losses: watch::Sender<u64>,
 }
 
 impl Worker {
     /// The worker and its queue's other end, for [`run`].
     pub fn new() -> (Worker, mpsc::UnboundedReceiver<Work>) {
         let (queue, receiver) = mpsc::unbounded_channel();
-        (Worker { queue, fetches: watch::Sender::new(0) }, receiver)
+        (Worker { queue, fetches: watch::Sender::new(0), losses: watch::Sender::new(0) }, receiver)
     }
 
     /// Queues work. At most one operation and one fetch per membership event are ever queued.
@@ -58,6 +60,17 @@ impl Worker {
             self.fetches.send_modify(|n| *n += 1);
         }
         let _ = self.queue.send(work);
+    }
+
+    /// Ends operations whose mutex is lost: others may change the same VDIs from now on. An operation that went on would
+    /// also wait for ever, for tables whose fetch stands behind it in the queue.
+    pub fn abandon(&self) {
+        self.losses.send_modify(|n| *n += 1);
+    }
+
+    /// Queues an operation under the mutex that this node has now.
+    pub fn operate(&self, request: Request, payload: Bytes) {
+        self.push(Work::Operation(*self.losses.borrow(), request, payload));
     }
 
     /// Waits until every fetch queued so far has been done.
@@ -84,14 +97,28 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                 collect_locks(&sheep, epoch).await;
                 sheep.cluster.send(Command::LocksCollected);
             }
-            Work::Operation(request, payload) => {
+            Work::Operation(losses, request, payload) => {
+                let mut lost = worker.losses.subscribe();
                 // In a task of its own: should it panic, the cluster must not stay blocked.
-                let work = tokio::spawn({
+                let mut work = tokio::spawn({
                     let sheep = sheep.clone();
                     async move { operation(&sheep, request, payload).await }
                 });
+                let lost = async {
+                    // The sender lives in `worker`.
+                    let _ = lost.wait_for(|n| *n != losses).await;
+                };
+                let done = tokio::select! {
+                    biased;
+                    () = lost => {
+                        tracing::warn!("{} is abandoned: the session was lost", request.opcode);
+                        work.abort();
+                        work.await
+                    }
+                    done = &mut work => done,
+                };
                 let failed = |_| Reply::empty(Response::to(&request, ResultCode::SYSTEM_ERROR));
-                let reply = work.await.unwrap_or_else(failed);
+                let reply = done.unwrap_or_else(failed);
                 sheep.cluster.send(Command::WorkDone(reply));
             }
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, NodeRecord};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
 use crate::{BoxFuture, Driver, DriverError, Event, Lease};
@@ -35,6 +35,8 @@ const DEFAULT_TOKEN: u32 = 1000;
 pub struct CorosyncDriver {
     mailbox: Mailbox,
     lease: Arc<Lease>,
+    /// Keeps the channel open: the thread's last event says why it ended.
+    _events: UnboundedSender<Event>,
 }
 
 /// The way to the driver thread.
@@ -105,12 +107,13 @@ impl CorosyncDriver {
         let (events, receiver) = unbounded_channel();
         let mailbox = Mailbox { commands, waker: waker.clone() };
         let lease = Arc::new(Lease::new());
-        let member = Member::new(group, process, pulse, token, lease.clone(), events, mailbox.clone());
+        let member =
+            Member::new(group, process, pulse, token, lease.clone(), events.clone(), mailbox.clone());
         std::thread::Builder::new()
             .name("cluster".to_owned())
             .spawn(move || member.run(&inbox, &waker))
             .map_err(DriverError::Start)?;
-        Ok((CorosyncDriver { mailbox, lease }, receiver))
+        Ok((CorosyncDriver { mailbox, lease, _events: events }, receiver))
     }
 
     fn request(&self, request: Request) -> BoxFuture<'_, Reply> {

@@ -363,10 +363,11 @@ impl Member {
             Ok(list) => list.iter().any(|d| matches!(d, Delivery::Message(_))),
             Err(code) => return self.fail(option_lost(code)),
         };
-        if returned && let Some(sent) = h.sent.take() {
-            if let Some(before) = h.before.replace(sent) {
-                h.lease.extend(before + h.limit);
-            }
+        if returned
+            && let Some(sent) = h.sent.take()
+            && let Some(before) = h.before.replace(sent)
+        {
+            h.lease.extend(before + h.limit);
         }
         if self.queues.is_some() && h.sent.is_none() && h.next <= now && h.group.send(b"token").is_ok() {
             h.sent = Some(now);

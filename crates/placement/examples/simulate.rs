@@ -24,7 +24,6 @@ fn node(i: usize) -> NodeRecord {
         zone: i as u32,
         // Disks differ a little, as they do.
         space: (1 << 40) + (((i as u64 * 2_654_435_761) % 97) << 30),
-        ..NodeRecord::zeroed()
     }
 }
 

@@ -37,6 +37,7 @@ fn a_cluster_over_corosync_formats_serves_loses_and_regains_a_node() {
     // Shut down and started in another order, it is the same cluster at the same epoch.
     cluster.start(1);
     cluster.wait_epoch(6);
+    cluster.wait_recovered();
     cluster.dog(&["cluster", "shutdown"]).ok();
     for node in [1, 2] {
         assert_eq!(cluster.nodes[node].wait_exit(Duration::from_secs(30)).code(), Some(0));

@@ -92,6 +92,7 @@ fn deaths_leaves_and_returns_are_one_event_each() {
     cluster.kill(7003);
     cluster.join(7003);
     cluster.wait_nth(7002, "accept 127.0.0.1:7003 members=127.0.0.1:7001,127.0.0.1:7002,127.0.0.1:7003", 2);
+    cluster.wait(7003, "accept 127.0.0.1:7003 ");
     cluster.settle("end");
     cluster.assert_one_history();
     assert_eq!(cluster.count(7002, "leave "), 2);

@@ -52,7 +52,11 @@ pub async fn send(
         }
         Op::Write { data, .. } | Op::Create { data, .. } => (request.flag(Flags::WRITE), data.clone()),
     };
-    let answer = sheep.peers.through(&first, request.with_order(body), payload, THROUGH_DEADLINE).await;
+    // A node that is leaving does not wait: the first home may be waiting for it to be gone.
+    let answer = tokio::select! {
+        answer = sheep.peers.through(&first, request.with_order(body), payload, THROUGH_DEADLINE) => answer,
+        () = killed(sheep) => return Err(ResultCode::KILLED.into()),
+    };
     let reply = answer.map_err(|error| {
         tracing::debug!("{first}: {error}");
         Failure::from(ResultCode::NETWORK_ERROR)
@@ -63,6 +67,17 @@ pub async fn send(
         ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR.into()),
         _ if refused => Ok(None),
         code => Err(Failure { code, peer_epoch: reply.response.epoch }),
+    }
+}
+
+/// Ends when this node has left the cluster.
+async fn killed(sheep: &Arc<Sheep>) {
+    loop {
+        let view = sheep.views.load();
+        if view.status == ClusterStatus::Killed {
+            return;
+        }
+        sheep.views.changed_from(&view).await;
     }
 }
 

@@ -83,13 +83,16 @@ impl Completions {
         self.cluster.nodes[0].port.to_string()
     }
 
-    /// First words of the lines that a command prints.
+    /// First words of the lines that a command prints, in order.
     fn offers(&self, command: &mut Command) -> Vec<String> {
         let output = command.env("PATH", &self.path).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && stderr.is_empty(), "{command:?}: {output:?}");
         let lines = String::from_utf8(output.stdout).expect("text");
-        lines.lines().filter_map(|line| line.split_whitespace().next()).map(String::from).collect()
+        let words = lines.lines().filter_map(|line| line.split_whitespace().next());
+        let mut words: Vec<String> = words.map(String::from).collect();
+        words.sort();
+        words
     }
 }
 
@@ -116,7 +119,7 @@ fn bash_completes_words_options_and_vdis() {
         "{groups:?}"
     );
     assert_eq!(complete(&["vdi", "cr"]), ["create"]);
-    assert_eq!(complete(&["node", "log", "level", ""]), ["set", "get", "list"]);
+    assert_eq!(complete(&["node", "log", "level", ""]), ["get", "list", "set"]);
     assert_eq!(complete(&["vdi", "list", "--js"]), ["--json"]);
     assert_eq!(complete(&["vdi", "read", "-p", &port, ""]), ["alpha", "beta"]);
     assert_eq!(complete(&["vdi", "read", "-p", &port, "al"]), ["alpha"]);
@@ -148,7 +151,7 @@ fn fish_completes_words_options_and_vdis() {
 fn zsh_completes_words_options_and_vdis() {
     let shell = Completions::of("zsh", "_dog");
     let (port, home) = (shell.port(), shell.cluster.dir().display().to_string());
-    let rc = "PROMPT='ready> '\nLISTMAX=0\nbindkey -e\nfpath=($HOME $fpath)\n\
+    let rc = "PROMPT='ready> '\nLISTMAX=0\nbindkey -e\nunset zle_bracketed_paste\nfpath=($HOME $fpath)\n\
               autoload -Uz compinit\ncompinit -u -D\n";
     fs::write(shell.cluster.dir().join(".zshrc"), rc).expect("the start-up file");
     let zsh = system("zsh", "zsh").display().to_string();

@@ -103,8 +103,8 @@ fn loading_a_damaged_cluster_snapshot_names_the_file_and_changes_nothing() {
     let (_, hash, path) = &files[files.len() - 1];
     let aside = path.with_extension("aside");
     fs::rename(path, &aside).expect("a content file");
-    let load = cluster.dog_in(&["cluster", "snapshot", "load", "monday", &directory], b"yes\n");
-    assert!(load.code == 2 && load.stderr.contains(&hash[2..]), "a missing file: {load:?}");
+    let refused = cluster.dog_in(&["cluster", "snapshot", "load", "monday", &directory], b"yes\n");
+    assert!(refused.code == 2 && refused.stderr.contains(&hash[2..]), "a missing file: {refused:?}");
     fs::rename(&aside, path).expect("a content file");
     assert!(before == state(&mut cluster, &["alpha", "beta"]), "the cluster is as it was");
 

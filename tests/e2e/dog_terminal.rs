@@ -162,7 +162,7 @@ fn zsh_completes_words_options_and_vdis() {
         terminal.wait("the prompt", |shown| shown.ends_with("ready> "));
         terminal
     };
-    // Completes, then turns the line into a command that prints it.
+    // Completes, then turns the line into a command that prints it; the blank after the word goes with the quote.
     let complete = |terminal: &mut Terminal, line: &str, expected: &str| {
         terminal.forget();
         terminal.type_in(&format!("{line}\t\x01print -r -- 'line: \x05'\r"));
@@ -171,10 +171,10 @@ fn zsh_completes_words_options_and_vdis() {
         });
     };
     let mut terminal = start();
-    complete(&mut terminal, "dog vdi cr", "dog vdi create ");
-    complete(&mut terminal, "dog node log lev", "dog node log level ");
-    complete(&mut terminal, "dog vdi list --js", "dog vdi list --json ");
-    complete(&mut terminal, &format!("dog vdi read -p {port} al"), &format!("dog vdi read -p {port} alpha "));
+    complete(&mut terminal, "dog vdi cr", "dog vdi create");
+    complete(&mut terminal, "dog node log lev", "dog node log level");
+    complete(&mut terminal, "dog vdi list --js", "dog vdi list --json");
+    complete(&mut terminal, &format!("dog vdi read -p {port} al"), &format!("dog vdi read -p {port} alpha"));
     // In a new shell: the file that was found in $fpath completes already when it is loaded.
     let mut terminal = start();
     terminal.forget();

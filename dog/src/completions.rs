@@ -213,8 +213,8 @@ fn fish_script(places: &[Place]) -> String {
              end\n    \
              string join ' ' -- $path\n\
          end\n\
-         function __dog_at\n    test (__dog_path) = \"$argv[1]\"\nend\n\
-         function __dog_in\n    string match -q -- \"$argv[1]*\" (__dog_path)\nend\n\
+         function __dog_at\n    set -l path (__dog_path)\n    test \"$path\" = \"$argv[1]\"\nend\n\
+         function __dog_in\n    set -l path (__dog_path)\n    string match -q -- \"$argv[1]*\" \"$path\"\nend\n\
          function __dog_vdis\n    \
              command dog vdi list -r 2>/dev/null </dev/null | string split -f 2 ' '\n\
          end\n",

@@ -26,7 +26,7 @@ fn data(seed: u32, length: usize) -> Vec<u8> {
 fn bytes_of(cluster: &Cluster, args: &[&str]) -> Vec<u8> {
     let port = cluster.nodes[0].port.to_string();
     let output = Command::new(binaries::dog()).args(args).args(["-p", &port]).output().expect("dog");
-    assert!(output.status.success(), "{args:?}: {output:?}");
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }
 
@@ -63,6 +63,11 @@ fn contents(directory: &str) -> BTreeMap<String, (PathBuf, u64, i64)> {
     files
 }
 
+/// Loads a cluster snapshot that must be good; it asks before it formats.
+fn load(cluster: &mut Cluster, tag: &str, directory: &str) {
+    cluster.dog_in(&["cluster", "snapshot", "load", tag, directory], b"yes\n").ok();
+}
+
 fn vdi_id(cluster: &mut Cluster, name: &str) -> VdiId {
     cluster.client().lookup(name, "", 0).expect("the VDI")
 }
@@ -89,7 +94,7 @@ fn loading_a_damaged_cluster_snapshot_names_the_file_and_changes_nothing() {
         let mut bad = good.clone();
         bad[length as usize / 2] ^= 1;
         fs::write(&path, &bad).expect("a content file");
-        let load = cluster.dog(&["cluster", "snapshot", "load", "monday", &directory]);
+        let load = cluster.dog_in(&["cluster", "snapshot", "load", "monday", &directory], b"yes\n");
         assert_eq!(load.code, 2, "{load:?}");
         assert!(load.stderr.contains(&format!("failed, {hash} != ")), "{hash}: {}", load.stderr);
         assert!(load.stderr.ends_with("Fail to load snapshot\n"), "{}", load.stderr);
@@ -98,12 +103,12 @@ fn loading_a_damaged_cluster_snapshot_names_the_file_and_changes_nothing() {
     let (_, hash, path) = &files[files.len() - 1];
     let aside = path.with_extension("aside");
     fs::rename(path, &aside).expect("a content file");
-    let load = cluster.dog(&["cluster", "snapshot", "load", "monday", &directory]);
-    assert!(load.code == 2 && load.stderr.contains(&hash[2..]), "a missing file: {load:?}");
+    let refused = cluster.dog_in(&["cluster", "snapshot", "load", "monday", &directory], b"yes\n");
+    assert!(refused.code == 2 && refused.stderr.contains(&hash[2..]), "a missing file: {refused:?}");
     fs::rename(&aside, path).expect("a content file");
     assert!(before == state(&mut cluster, &["alpha", "beta"]), "the cluster is as it was");
 
-    cluster.dog(&["cluster", "snapshot", "load", "monday", &directory]).ok();
+    load(&mut cluster, "monday", &directory);
     assert!(bytes_of(&cluster, &["vdi", "read", "alpha", "0", "8M"]) == data(1, 2 * BLOCK));
     assert_eq!(cluster.dog(&["vdi", "list", "-r", "beta"]).ok(), "", "the snapshot has no beta");
 }
@@ -136,7 +141,7 @@ fn a_cluster_snapshot_that_misses_an_object_is_not_listed() {
     }
     assert_ne!(cluster.dog(&["cluster", "snapshot", "load", "bad", &directory]).code, 0);
     // What was saved before is complete and brings the lost block back.
-    cluster.dog(&["cluster", "snapshot", "load", "good", &directory]).ok();
+    load(&mut cluster, "good", &directory);
     assert!(bytes_of(&cluster, &["vdi", "read", "alpha", "0", "8M"]) == data(1, 2 * BLOCK));
 }
 
@@ -155,7 +160,7 @@ fn saving_again_stores_only_what_changed() {
     // 32 slices and their list; one or two slices and their list for each of the two inodes; the list of objects.
     let new = tuesday.len() - monday.len();
     assert!((34..=40).contains(&new), "{new} new files");
-    cluster.dog(&["cluster", "snapshot", "load", "tuesday", &directory]).ok();
+    load(&mut cluster, "tuesday", &directory);
     let expected = [&data(1, 2 * BLOCK)[..BLOCK], &data(3, BLOCK)].concat();
     assert!(bytes_of(&cluster, &["vdi", "read", "alpha", "0", "8M"]) == expected);
 }

@@ -83,13 +83,16 @@ impl Completions {
         self.cluster.nodes[0].port.to_string()
     }
 
-    /// First words of the lines that a command prints.
+    /// First words of the lines that a command prints, in order.
     fn offers(&self, command: &mut Command) -> Vec<String> {
         let output = command.env("PATH", &self.path).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && stderr.is_empty(), "{command:?}: {output:?}");
         let lines = String::from_utf8(output.stdout).expect("text");
-        lines.lines().filter_map(|line| line.split_whitespace().next()).map(String::from).collect()
+        let words = lines.lines().filter_map(|line| line.split_whitespace().next());
+        let mut words: Vec<String> = words.map(String::from).collect();
+        words.sort();
+        words
     }
 }
 
@@ -116,7 +119,7 @@ fn bash_completes_words_options_and_vdis() {
         "{groups:?}"
     );
     assert_eq!(complete(&["vdi", "cr"]), ["create"]);
-    assert_eq!(complete(&["node", "log", "level", ""]), ["set", "get", "list"]);
+    assert_eq!(complete(&["node", "log", "level", ""]), ["get", "list", "set"]);
     assert_eq!(complete(&["vdi", "list", "--js"]), ["--json"]);
     assert_eq!(complete(&["vdi", "read", "-p", &port, ""]), ["alpha", "beta"]);
     assert_eq!(complete(&["vdi", "read", "-p", &port, "al"]), ["alpha"]);
@@ -148,7 +151,7 @@ fn fish_completes_words_options_and_vdis() {
 fn zsh_completes_words_options_and_vdis() {
     let shell = Completions::of("zsh", "_dog");
     let (port, home) = (shell.port(), shell.cluster.dir().display().to_string());
-    let rc = "PROMPT='ready> '\nLISTMAX=0\nbindkey -e\nfpath=($HOME $fpath)\n\
+    let rc = "PROMPT='ready> '\nLISTMAX=0\nbindkey -e\nunset zle_bracketed_paste\nfpath=($HOME $fpath)\n\
               autoload -Uz compinit\ncompinit -u -D\n";
     fs::write(shell.cluster.dir().join(".zshrc"), rc).expect("the start-up file");
     let zsh = system("zsh", "zsh").display().to_string();
@@ -159,7 +162,7 @@ fn zsh_completes_words_options_and_vdis() {
         terminal.wait("the prompt", |shown| shown.ends_with("ready> "));
         terminal
     };
-    // Completes, then turns the line into a command that prints it.
+    // Completes, then turns the line into a command that prints it; the blank after the word goes with the quote.
     let complete = |terminal: &mut Terminal, line: &str, expected: &str| {
         terminal.forget();
         terminal.type_in(&format!("{line}\t\x01print -r -- 'line: \x05'\r"));
@@ -168,10 +171,10 @@ fn zsh_completes_words_options_and_vdis() {
         });
     };
     let mut terminal = start();
-    complete(&mut terminal, "dog vdi cr", "dog vdi create ");
-    complete(&mut terminal, "dog node log lev", "dog node log level ");
-    complete(&mut terminal, "dog vdi list --js", "dog vdi list --json ");
-    complete(&mut terminal, &format!("dog vdi read -p {port} al"), &format!("dog vdi read -p {port} alpha "));
+    complete(&mut terminal, "dog vdi cr", "dog vdi create");
+    complete(&mut terminal, "dog node log lev", "dog node log level");
+    complete(&mut terminal, "dog vdi list --js", "dog vdi list --json");
+    complete(&mut terminal, &format!("dog vdi read -p {port} al"), &format!("dog vdi read -p {port} alpha"));
     // In a new shell: the file that was found in $fpath completes already when it is loaded.
     let mut terminal = start();
     terminal.forget();

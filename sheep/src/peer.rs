@@ -57,7 +57,9 @@ async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Re
         if sheep.intents.is_unsettled(oid) {
             // What an interrupted write left is not seen before all homes agree, and strips are not touched.
             let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
-            if coded || (request.opcode == Opcode::READ_PEER && !recovering) {
+            // Reads that belong to a write go on: settling waits for that write.
+            let reading = request.opcode == Opcode::READ_PEER && request.obj().write_seq == 0;
+            if coded || (reading && !recovering) {
                 tokio::select! {
                     () = sheep.intents.wait(oid) => {}
                     _ = sheep.views.changed_from(&view) => {}

@@ -66,7 +66,7 @@ pub(super) fn request_for(
         oid,
         offset: offset as u32,
         copies,
-        tgt_epoch: Epoch(id.writer),
+        tgt_epoch: Epoch(if opcode == Opcode::READ_PEER { 0 } else { id.writer }),
         write_seq: id.seq,
         ..ObjRequest::zeroed()
     };
@@ -145,7 +145,7 @@ impl Op {
         let reading =
             |offset| request_for(Opcode::READ_PEER, oid, offset, view.epoch, kept.copies, WriteId::default());
         if scratch.heal {
-            let read = reading(0).length(sheep.size_of(oid, view) as usize);
+            let read = request(Opcode::READ_PEER, 0).length(sheep.size_of(oid, view) as usize);
             let create = request(Opcode::CREATE_AND_WRITE_PEER, 0);
             replicas::heal(sheep, view, read, create, kept.copies).await?;
         }

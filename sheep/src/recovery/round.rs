@@ -93,9 +93,11 @@ async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
             None => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     };
-    // Never as the state of the present epoch: its homes go on writing, and what is put away here does not.
+    // Not as the state of the present epoch: its homes go on writing, and what is put away here does not. Unless objects
+    // are to be found wherever they are.
     let before = Epoch(active.round.epoch.0.saturating_sub(1));
-    let suffix = if active.round.tgt_epoch.is_before(before) { active.round.tgt_epoch } else { before };
+    let present = !active.round.tgt_epoch.is_before(active.round.epoch) && !active.round.wildcard;
+    let suffix = if present { before } else { active.round.tgt_epoch };
     if let Err(error) = super::stash_strangers(sheep, &view, suffix, false).await {
         tracing::error!("cannot move objects to the stale area, leaving: {error}");
         sheep.cluster.leave();

@@ -135,7 +135,13 @@ impl Numbers {
         if abandoned.len() < before {
             untold.extend(view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node)));
         }
-        (state.last, state.outstanding.iter().copied().collect(), std::mem::take(&mut state.untold))
+        // Homes that were written to are told until nothing is open: what is now will end without touching them again.
+        let homes = if state.outstanding.is_empty() {
+            std::mem::take(&mut state.untold)
+        } else {
+            state.untold.clone()
+        };
+        (state.last, state.outstanding.iter().copied().collect(), homes)
     }
 }
 

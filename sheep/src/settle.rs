@@ -29,6 +29,7 @@ use crate::gateway::grants::first_home;
 use crate::gateway::object::is_coded;
 use crate::gateway::sequencer::at_epoch;
 use crate::intents::{Fate, WriteId, ranges};
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 
 /// Objects settled at a time.
@@ -103,7 +104,7 @@ async fn settle(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), Result
     match ask(sheep, leader, body, me, epoch, SETTLE_DEADLINE).await {
         // A node of the original cannot lead: this home follows it alone.
         Err(ResultCode::INVALID_PARMS) => pull(sheep, oid, regions, leader, epoch).await,
-        other => other.map(drop),
+        other => other,
     }
 }
 
@@ -114,12 +115,44 @@ async fn ask(
     payload: Bytes,
     epoch: Epoch,
     deadline: Duration,
-) -> Result<Bytes, ResultCode> {
+) -> Result<(), ResultCode> {
     let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(epoch).with_order(body);
-    let reply = sheep.peers.control(&node, request, payload, deadline).await;
-    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
-    reply.response.result.ok()?;
-    Ok(reply.data)
+    let reply = sheep.peers.call_on(Lane::Control, &node, request, payload, deadline).await;
+    reply.map_err(|_| ResultCode::NETWORK_ERROR)?.response.result.ok()
+}
+
+/// What a node of the original answers that cannot do its part: then it goes without.
+fn or_without(answer: Result<(), ResultCode>) -> Result<(), ResultCode> {
+    if answer == Err(ResultCode::INVALID_PARMS) { Ok(()) } else { answer }
+}
+
+/// Has a home take `regions` over from `source`, or, with none, tells it that all are equal.
+async fn ask_to_pull(
+    sheep: &Arc<Sheep>,
+    home: NodeId,
+    oid: Oid,
+    regions: u64,
+    source: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    let body = OrderRequest { oid, what: order::PULL, regions, ..OrderRequest::zeroed() };
+    let deadline = if regions == 0 { ASK_DEADLINE } else { PULL_DEADLINE };
+    or_without(ask(sheep, home, body, Bytes::from(source.encode()), epoch, deadline).await)
+}
+
+/// All homes are equal: they, this node last, serve the object again.
+async fn release(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    homes: &[NodeId],
+    source: NodeId,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    for home in homes.iter().filter(|h| **h != sheep.me) {
+        ask_to_pull(sheep, *home, oid, 0, source, epoch).await?;
+    }
+    sheep.intents.settled(oid);
+    Ok(())
 }
 
 /// Waits until this node's replica of `oid` is recovered, if it is to be.
@@ -177,24 +210,10 @@ async fn lead(
                 pull(sheep, oid, regions, source, epoch).await?;
                 continue;
             }
-            let body = OrderRequest { oid, what: order::PULL, regions, ..OrderRequest::zeroed() };
-            let from = Bytes::from(source.encode());
-            match ask(sheep, *home, body, from, epoch, PULL_DEADLINE).await {
-                Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
-                Err(code) => return Err(code),
-            }
+            ask_to_pull(sheep, *home, oid, regions, source, epoch).await?;
         }
     }
-    for home in homes.iter().filter(|h| **h != sheep.me) {
-        let body = OrderRequest { oid, what: order::PULL, regions: 0, ..OrderRequest::zeroed() };
-        let from = Bytes::from(source.encode());
-        match ask(sheep, *home, body, from, epoch, ASK_DEADLINE).await {
-            Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
-            Err(code) => return Err(code),
-        }
-    }
-    sheep.intents.settled(oid);
-    Ok(())
+    release(sheep, oid, &homes, source, epoch).await
 }
 
 /// A home: takes `regions` over from `source`. No regions: all homes are equal.
@@ -323,7 +342,7 @@ async fn settle_strips(
     let body = OrderRequest { oid, what: order::SETTLE, serial: written.0, ..OrderRequest::zeroed() };
     match ask(sheep, leader, body, encode_ids(ids).into(), epoch, SETTLE_DEADLINE).await {
         Err(ResultCode::INVALID_PARMS) => judge(sheep, oid, written, ids, epoch).await,
-        other => other.map(drop),
+        other => other,
     }
 }
 
@@ -361,27 +380,39 @@ pub async fn judge(
     let (stand, fall): (Vec<WriteId>, Vec<WriteId>) =
         ids.iter().partition(|id| stands(fates.get(id).map_or(&[][..], |f| f)));
     tracing::info!("{oid}: {} writes of epoch {written} stand, {} are undone", stand.len(), fall.len());
-    for home in &homes {
-        for (verdict, ids) in [(1, &stand), (0, &fall)] {
-            if ids.is_empty() {
-                continue;
-            }
-            if *home == sheep.me {
-                decide(sheep, oid, verdict == 1, ids, written, epoch).await?;
-                continue;
-            }
-            let body = decision(oid, verdict, written);
-            match ask(sheep, *home, body, encode_ids(ids).into(), epoch, PULL_DEADLINE).await {
-                Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
-                Err(code) => return Err(code),
-            }
+    for (stands, ids) in [(true, &stand), (false, &fall)] {
+        if !ids.is_empty() {
+            decide_at(sheep, oid, &homes, stands, ids, written, epoch).await?;
         }
     }
     Ok(())
 }
 
-fn decision(oid: Oid, verdict: u8, written: Epoch) -> OrderRequest {
-    OrderRequest { oid, what: order::DECIDE, kind: verdict, serial: written.0, ..OrderRequest::zeroed() }
+/// Tells homes of strips whether writes stand.
+async fn decide_at(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    homes: &[NodeId],
+    stands: bool,
+    ids: &[WriteId],
+    written: Epoch,
+    epoch: Epoch,
+) -> Result<(), ResultCode> {
+    for home in homes {
+        if *home == sheep.me {
+            decide(sheep, oid, stands, ids, written, epoch).await?;
+            continue;
+        }
+        let body = OrderRequest {
+            oid,
+            what: order::DECIDE,
+            kind: stands.into(),
+            serial: written.0,
+            ..OrderRequest::zeroed()
+        };
+        or_without(ask(sheep, *home, body, encode_ids(ids).into(), epoch, PULL_DEADLINE).await)?;
+    }
+    Ok(())
 }
 
 /// A gateway takes a write of strips in `epoch` back that failed for good.
@@ -392,19 +423,7 @@ pub async fn undo_strips(
     id: WriteId,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    for home in homes {
-        let undone = if *home == sheep.me {
-            decide(sheep, oid, false, &[id], epoch, epoch).await
-        } else {
-            let ids = Bytes::from(encode_ids(&[id]));
-            ask(sheep, *home, decision(oid, 0, epoch), ids, epoch, PULL_DEADLINE).await.map(drop)
-        };
-        match undone {
-            Ok(()) | Err(ResultCode::INVALID_PARMS) => {}
-            Err(code) => return Err(code),
-        }
-    }
-    Ok(())
+    decide_at(sheep, oid, homes, false, &[id], epoch, epoch).await
 }
 
 /// Parity of an object that was being written when all nodes were lost.
@@ -415,10 +434,7 @@ async fn settle_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(),
         return mend_parity(sheep, oid, epoch).await;
     }
     let body = OrderRequest { oid, what: order::SETTLE, ..OrderRequest::zeroed() };
-    match ask(sheep, leader, body, Bytes::new(), epoch, SETTLE_DEADLINE).await {
-        Err(ResultCode::INVALID_PARMS) | Ok(_) => Ok(()),
-        Err(code) => Err(code),
-    }
+    or_without(ask(sheep, leader, body, Bytes::new(), epoch, SETTLE_DEADLINE).await)
 }
 
 /// The first home: computes parity from the data strips and replaces what does not fit. All strips must be there; what is
@@ -455,15 +471,7 @@ pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(
             }
         }
     }
-    for home in homes.iter().filter(|h| **h != sheep.me) {
-        let body = OrderRequest { oid, what: order::PULL, ..OrderRequest::zeroed() };
-        match ask(sheep, *home, body, Bytes::from(sheep.me.encode()), epoch, ASK_DEADLINE).await {
-            Err(ResultCode::INVALID_PARMS) | Ok(_) => {}
-            Err(code) => return Err(code),
-        }
-    }
-    sheep.intents.settled(oid);
-    Ok(())
+    release(sheep, oid, &homes, sheep.me, epoch).await
 }
 
 /// Where two strips differ, in whole units.
@@ -502,7 +510,7 @@ async fn read_strip(
         ..OrderRequest::zeroed()
     };
     let request = Request::new(Opcode::ORDER_PEER).epoch(epoch).length(len).with_order(body);
-    let reply = sheep.peers.control(&home, request, Bytes::new(), PULL_DEADLINE).await;
+    let reply = sheep.peers.call_on(Lane::Control, &home, request, Bytes::new(), PULL_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     reply.response.result.ok()?;
     if reply.data.len() == len { Ok(reply.data) } else { Err(ResultCode::NETWORK_ERROR) }
@@ -541,7 +549,7 @@ async fn write_strip(
         offset: offset as u32,
         ..OrderRequest::zeroed()
     };
-    ask(sheep, home, body, data, epoch, PULL_DEADLINE).await.map(drop)
+    ask(sheep, home, body, data, epoch, PULL_DEADLINE).await
 }
 
 /// A home: overwrites part of a strip, unless the object is being written.
@@ -579,7 +587,8 @@ async fn recall(
         .flag(Flags::WRITE.with(Flags::PIGGYBACK))
         .epoch(epoch)
         .with_order(body);
-    let reply = sheep.peers.control(&home, request, encode_ids(ids).into(), ASK_DEADLINE).await;
+    let reply =
+        sheep.peers.call_on(Lane::Control, &home, request, encode_ids(ids).into(), ASK_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     match reply.response.result {
         ResultCode::SUCCESS if reply.data.len() == ids.len() => {

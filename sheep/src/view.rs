@@ -90,6 +90,17 @@ impl Views {
         self.changed.send_replace(());
     }
 
+    /// Waits for a view of which `wanted` holds.
+    pub async fn until(&self, wanted: impl Fn(&View) -> bool) -> Arc<View> {
+        loop {
+            let view = self.load();
+            if wanted(&view) {
+                return view;
+            }
+            self.changed_from(&view).await;
+        }
+    }
+
     /// Waits until the current view is another than `seen`.
     pub async fn changed_from(&self, seen: &Arc<View>) -> Arc<View> {
         let mut changes = self.changed.subscribe();

@@ -12,6 +12,7 @@ use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::grants::Verdict;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 
 /// A gateway that does not give a grant back within this time keeps others waiting.
@@ -107,7 +108,7 @@ async fn call_back(
     }
     let body = OrderRequest { oid: Oid::inode(vid), what: order::YIELD, serial, ..OrderRequest::zeroed() };
     let request = Request::new(Opcode::ORDER_PEER).epoch(epoch).with_order(body);
-    let reply = sheep.peers.control(&node, request, Bytes::new(), YIELD_DEADLINE).await;
+    let reply = sheep.peers.call_on(Lane::Control, &node, request, Bytes::new(), YIELD_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     reply.response.result.ok()?;
     Ok(reply.response.order().verdict == 1)

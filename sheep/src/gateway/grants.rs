@@ -23,6 +23,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::Instant;
 
 use super::replicas::Failure;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -280,7 +281,7 @@ async fn claim(sheep: &Arc<Sheep>, view: &View, vid: VdiId, write: bool) -> Resu
     };
     let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(view.epoch).with_order(body);
     let me = Bytes::from(sheep.me.encode());
-    match sheep.peers.control(&arbiter, request, me, CLAIM_DEADLINE).await {
+    match sheep.peers.call_on(Lane::Control, &arbiter, request, me, CLAIM_DEADLINE).await {
         Ok(reply) if reply.response.result.is_ok() => {
             let answer = reply.response.order();
             Ok(Some(Verdict { direct: answer.verdict == 1, serial: answer.serial }))

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::intents::WriteId;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -171,7 +172,7 @@ fn tell(sheep: &Arc<Sheep>) {
     for node in nodes.into_iter().filter(|n| *n != sheep.me) {
         let (sheep, payload) = (sheep.clone(), payload.clone());
         tokio::spawn(async move {
-            let answer = sheep.peers.control(&node, request, payload, DEADLINE).await;
+            let answer = sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await;
             let numbers = &sheep.gateway.numbers;
             match answer.map(|reply| reply.response.result) {
                 Ok(ResultCode::INVALID_PARMS) => {

@@ -17,6 +17,7 @@ use super::op::{Op, Scratch};
 use super::replicas::Failure;
 use crate::order::Turn;
 use crate::peer::check_range;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -54,8 +55,8 @@ pub async fn send(
     };
     // A node that is leaving does not wait: the first home may be waiting for it to be gone.
     let answer = tokio::select! {
-        answer = sheep.peers.through(&first, request.with_order(body), payload, THROUGH_DEADLINE) => answer,
-        () = killed(sheep) => return Err(ResultCode::KILLED.into()),
+        answer = sheep.peers.call_on(Lane::Through, &first, request.with_order(body), payload, THROUGH_DEADLINE) => answer,
+        _ = sheep.views.until(|view| view.status == ClusterStatus::Killed) => return Err(ResultCode::KILLED.into()),
     };
     let reply = answer.map_err(|error| {
         tracing::debug!("{first}: {error}");
@@ -67,17 +68,6 @@ pub async fn send(
         ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR.into()),
         _ if refused => Ok(None),
         code => Err(Failure { code, peer_epoch: reply.response.epoch }),
-    }
-}
-
-/// Ends when this node has left the cluster.
-async fn killed(sheep: &Arc<Sheep>) {
-    loop {
-        let view = sheep.views.load();
-        if view.status == ClusterStatus::Killed {
-            return;
-        }
-        sheep.views.changed_from(&view).await;
     }
 }
 
@@ -110,32 +100,12 @@ pub async fn perform(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> R
 
 /// Waits until this node has reached `epoch`; an error if it is past it.
 pub async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
-    let reached = async {
-        loop {
-            let view = sheep.views.load();
-            if view.status == ClusterStatus::Killed {
-                return Err(ResultCode::KILLED);
-            }
-            if epoch.is_before(view.epoch) {
-                return Err(ResultCode::OLD_NODE_VER);
-            }
-            if epoch == view.epoch {
-                return Ok(view);
-            }
-            sheep.views.changed_from(&view).await;
-        }
-    };
-    tokio::time::timeout(EPOCH_WAIT, reached).await.unwrap_or(Err(ResultCode::NETWORK_ERROR))
-}
-
-/// Ends when the epoch does, or this node's part in it.
-async fn over(sheep: &Arc<Sheep>, epoch: Epoch) {
-    loop {
-        let view = sheep.views.load();
-        if view.epoch != epoch || view.status == ClusterStatus::Killed {
-            return;
-        }
-        sheep.views.changed_from(&view).await;
+    let reached = sheep.views.until(|v| v.status == ClusterStatus::Killed || !v.epoch.is_before(epoch));
+    let view = tokio::time::timeout(EPOCH_WAIT, reached).await.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    match view.status {
+        ClusterStatus::Killed => Err(ResultCode::KILLED),
+        _ if epoch.is_before(view.epoch) => Err(ResultCode::OLD_NODE_VER),
+        _ => Ok(view),
     }
 }
 
@@ -150,7 +120,7 @@ async fn turn(
 ) -> Result<Turn, Failure> {
     tokio::select! {
         biased;
-        () = over(sheep, epoch) => Err(ResultCode::OLD_NODE_VER.into()),
+        _ = sheep.views.until(|v| v.epoch != epoch || v.status == ClusterStatus::Killed) => Err(ResultCode::OLD_NODE_VER.into()),
         turn = sheep.gateway.order.turn(oid, range, write) => Ok(turn),
     }
 }

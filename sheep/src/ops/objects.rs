@@ -90,15 +90,7 @@ pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFut
 
 /// The view once this node has reached `epoch`.
 async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
-    let wait = async {
-        loop {
-            let view = sheep.views.load();
-            if !view.epoch.is_before(epoch) {
-                return view;
-            }
-            sheep.views.changed_from(&view).await;
-        }
-    };
+    let wait = sheep.views.until(|view| !view.epoch.is_before(epoch));
     tokio::time::timeout(EPOCH_WAIT, wait).await.map_err(|_| ResultCode::NETWORK_ERROR)
 }
 

@@ -3,7 +3,8 @@
 //! A home remembers each write of a gateway until the gateway says that it is done. When an epoch ends, the objects of
 //! what is not done become *unsettled*: their replicas here are not read (strips not touched at all) until
 //! [`crate::settle`] has made all homes equal. Writes of strips are remembered with the bytes that they replaced, so that
-//! a write that reached only some strips can be undone.
+//! a write that reached only some strips can be undone; that is kept in a log, too ([`crate::undo_log`]), as is what became
+//! of them.
 //!
 //! Objects written to lately are also kept in a side file of the metadata directory, `dirty_objects`, a list of 8-byte
 //! object ids: after a restart all of them are unsettled as a whole. An object is entered before the first write to it;
@@ -25,12 +26,17 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::order::Order;
+use crate::undo_log::{Record, UndoLog};
 
 const FILE: &str = "dirty_objects";
 /// The side file is written anew when it has this many entries more than objects are in use.
 const SLACK: usize = 4096;
 /// An object not written to for this long is at rest.
 const REST: Duration = Duration::from_secs(30);
+/// How long what was decided about a write is remembered: another home may ask.
+const REMEMBER: Duration = Duration::from_secs(600);
+/// So many gateways are remembered, the latest ones.
+const GATEWAYS: usize = 1024;
 /// Writes of gateways that never tell (the original) count as done after this long.
 const UNTOLD: Duration = Duration::from_secs(5);
 
@@ -59,7 +65,8 @@ struct Writer {
     live: HashMap<u32, Live>,
     highest: u32,
     open: HashSet<u32>,
-    told: bool,
+    /// When it last told; `None` = never.
+    told: Option<Instant>,
 }
 
 /// What became of a write of a strip.
@@ -105,10 +112,74 @@ struct Undo {
     at: Instant,
 }
 
+impl Undo {
+    fn write(&self, oid: Oid) -> Record {
+        let Undo { id, epoch, strip, .. } = *self;
+        // A strip is no longer than an object, whose offsets have 32 bits.
+        Record::Write { oid, strip, epoch, id, offset: self.offset as u32, old: self.old.clone() }
+    }
+
+    fn records(&self, oid: Oid) -> Vec<Record> {
+        let Undo { id, epoch, fate, .. } = *self;
+        let mut out = vec![self.write(oid)];
+        if fate != Fate::Applied {
+            out.push(Record::Decision { oid, epoch, id, fate });
+        }
+        out
+    }
+}
+
+/// What a log says.
+struct Logged {
+    writers: HashMap<u32, Writer>,
+    undo: HashMap<Oid, Vec<Undo>>,
+    since: u32,
+}
+
+impl Logged {
+    fn replay(records: Vec<Record>, now: Instant) -> Logged {
+        let mut out = Logged { writers: HashMap::new(), undo: HashMap::new(), since: u32::MAX };
+        for record in records {
+            match record {
+                Record::Write { oid, strip, epoch, id, offset, old } => {
+                    let offset = u64::from(offset);
+                    let all = out.undo.entry(oid).or_default();
+                    // A file may begin with a write that is also the first one appended to it.
+                    let same = |u: &Undo| (u.id, u.epoch, u.strip, u.offset) == (id, epoch, strip, offset);
+                    if !all.iter().any(|u| same(u) && u.old == old) {
+                        all.push(Undo { id, epoch, strip, offset, old, fate: Fate::Applied, at: now });
+                    }
+                }
+                Record::Decision { oid, epoch, id, fate } => {
+                    let all = out.undo.entry(oid).or_default().iter_mut();
+                    for undo in all.filter(|u| u.id == id && u.epoch == epoch && u.fate == Fate::Applied) {
+                        (undo.fate, undo.old) = (fate, Bytes::new());
+                    }
+                }
+                Record::Done { writer, highest, open } => {
+                    let open: HashSet<u32> = open.into_iter().collect();
+                    let done = |id: WriteId| {
+                        id.writer == writer && up_to(id.seq, highest) && !open.contains(&id.seq)
+                    };
+                    out.undo
+                        .values_mut()
+                        .for_each(|all| all.retain(|u| u.fate != Fate::Applied || !done(u.id)));
+                    let told = Some(now);
+                    out.writers.insert(writer, Writer { highest, open, told, ..Writer::default() });
+                }
+                Record::Since(epoch) => out.since = epoch.0,
+                Record::Complete => {}
+            }
+        }
+        out.undo.retain(|_, all| !all.is_empty());
+        out
+    }
+}
+
 #[derive(Default)]
 struct Unsettled {
     regions: u64,
-    /// Known from the side file alone: this process knows no write of it.
+    /// Known from the list of objects alone: nobody here knows its writes.
     remembered: bool,
     settled: Arc<Notify>,
 }
@@ -126,6 +197,7 @@ pub struct Intents {
     durable: bool,
     writers: Mutex<HashMap<u32, Writer>>,
     undo: Mutex<HashMap<Oid, Vec<Undo>>>,
+    log: UndoLog,
     unsettled: Mutex<HashMap<Oid, Unsettled>>,
     nr_unsettled: AtomicUsize,
     /// Objects in the side file, with the time of their last write.
@@ -136,6 +208,8 @@ pub struct Intents {
     pub leading: Order,
     /// Objects that a task of this node cares for until they are settled.
     in_care: Arc<Mutex<HashSet<(Oid, Epoch)>>>,
+    /// Coded objects whose parity this node has made to fit, with the epoch in which it did.
+    mended: Mutex<HashMap<Oid, Epoch>>,
 }
 
 /// The duty to settle an object; given back when dropped.
@@ -185,22 +259,30 @@ impl Intents {
             std::fs::read(&path).unwrap_or_default().chunks_exact(8).map(Oid::get).collect();
         let now = Instant::now();
         let objects: HashMap<Oid, Instant> = oids.iter().map(|oid| (*oid, now)).collect();
+        let durable = store.is_some_and(|s| s.sync_mode() != SyncMode::NoSync);
+        let (log, records) = UndoLog::open(base, durable);
+        let remembered = records.is_none();
+        let Logged { writers, undo, since } = Logged::replay(records.unwrap_or_default(), now);
+        let open = undo.iter().filter(|(_, all)| all.iter().any(|u| u.fate == Fate::Applied));
         let unsettled: HashMap<Oid, Unsettled> = oids
             .iter()
-            .map(|oid| (*oid, Unsettled { regions: u64::MAX, remembered: true, ..Unsettled::default() }))
+            .chain(open.map(|(oid, _)| oid))
+            .map(|oid| (*oid, Unsettled { regions: u64::MAX, remembered, ..Unsettled::default() }))
             .collect();
         Intents {
             path,
-            durable: store.is_some_and(|s| s.sync_mode() != SyncMode::NoSync),
-            writers: Mutex::default(),
-            undo: Mutex::default(),
+            durable,
+            writers: Mutex::new(writers),
+            undo: Mutex::new(undo),
+            log,
             nr_unsettled: AtomicUsize::new(unsettled.len()),
             unsettled: Mutex::new(unsettled),
             list: Mutex::new(List { file: None, entries: objects.len() }),
             dirty: Mutex::new(objects),
-            since: AtomicU32::new(u32::MAX),
+            since: AtomicU32::new(since),
             leading: Order::default(),
             in_care: Arc::default(),
+            mended: Mutex::default(),
         }
     }
 
@@ -209,16 +291,41 @@ impl Intents {
         let _ = self.since.compare_exchange(u32::MAX, epoch.0, Ordering::AcqRel, Ordering::Acquire);
     }
 
+    /// What the log is to hold.
+    fn logged(&self) -> Vec<Record> {
+        let since = self.since.load(Ordering::Acquire);
+        let mut out: Vec<Record> =
+            (since != u32::MAX).then_some(Record::Since(Epoch(since))).into_iter().collect();
+        {
+            let writers = self.writers.lock();
+            let mut told: Vec<_> = writers.iter().filter_map(|(id, w)| Some((w.told?, *id, w))).collect();
+            told.sort_by_key(|(at, ..)| std::cmp::Reverse(*at));
+            out.extend(told.into_iter().take(GATEWAYS).map(|(_, writer, w)| Record::Done {
+                writer,
+                highest: w.highest,
+                open: w.open.iter().copied().collect(),
+            }));
+        }
+        for (oid, all) in self.undo.lock().iter() {
+            for undo in all {
+                out.extend(undo.records(*oid));
+            }
+        }
+        out
+    }
+
     /// Forgets everything (MAKE_FS).
     pub fn clear(&self) {
         self.writers.lock().clear();
         self.undo.lock().clear();
+        self.mended.lock().clear();
         self.unsettled.lock().clear();
         self.nr_unsettled.store(0, Ordering::Release);
         let mut list = self.list.lock();
         self.dirty.lock().clear();
         *list = List::default();
         self.since.store(1, Ordering::Release);
+        self.restart_log();
         if let Err(error) = std::fs::remove_file(&self.path)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -304,14 +411,38 @@ impl Intents {
         Ok(())
     }
 
-    /// Remembers what a write of a strip is about to replace.
-    pub fn keep(&self, replica: Replica, id: WriteId, epoch: Epoch, offset: u64, old: Bytes) {
-        if id.writer == 0 {
-            return; // nobody would say when it is done
+    fn restart_log(&self) {
+        if let Err(error) = self.log.restart(self.logged()) {
+            // What is in it is of epochs that nobody asks for any more.
+            tracing::error!("cannot begin a new log of writes of strips: {error}");
         }
-        let strip = replica.strip.unwrap_or(0);
+    }
+
+    /// Remembers what a write of a strip is about to replace. Blocks until that is on disk; the strip must not be written
+    /// before, nor if it fails.
+    pub fn keep(
+        &self,
+        replica: Replica,
+        id: WriteId,
+        epoch: Epoch,
+        offset: u64,
+        old: Bytes,
+    ) -> io::Result<()> {
+        if id.writer == 0 {
+            return Ok(()); // nobody would say when it is done
+        }
+        let (oid, strip) = (replica.oid, replica.strip.unwrap_or(0));
         let undo = Undo { id, epoch, strip, offset, old, fate: Fate::Applied, at: Instant::now() };
-        self.undo.lock().entry(replica.oid).or_default().push(undo);
+        let record = undo.write(oid);
+        self.undo.lock().entry(oid).or_default().push(undo);
+        let logged = self.log.append(&record, true, || self.logged());
+        if logged.is_err()
+            && let Some(all) = self.undo.lock().get_mut(&oid)
+        {
+            // It is as before: the same bytes written back would be no harm either.
+            all.pop_if(|u| u.id == id && u.epoch == epoch);
+        }
+        logged
     }
 
     /// A gateway says: every write up to `highest` is done, except `open`.
@@ -322,27 +453,34 @@ impl Intents {
             let mut writers = self.writers.lock();
             let known = writers.entry(writer).or_default();
             known.live.retain(|seq, _| !up_to(*seq, highest) || open.contains(seq));
-            if !known.told || up_to(known.highest, highest) {
-                (known.told, known.highest, known.open) = (true, highest, open.clone());
+            if known.told.is_none() || up_to(known.highest, highest) {
+                (known.highest, known.open) = (highest, open.clone());
             }
+            known.told = Some(now);
             if let Some(silent) = writers.get_mut(&0) {
                 silent.live.retain(|_, live| now.duration_since(live.at) < UNTOLD);
             }
         }
-        let mut undo = self.undo.lock();
-        if undo.is_empty() {
-            return;
-        }
-        undo.retain(|_, all| {
-            // Decided ones are remembered for a while: another home may ask what was decided.
-            all.retain(|u| match u.fate {
-                Fate::Applied => {
-                    u.id.writer != writer || !up_to(u.id.seq, highest) || open.contains(&u.id.seq)
-                }
-                _ => now.duration_since(u.at) < 2 * REST,
+        let mut forgotten = false;
+        self.undo.lock().retain(|_, all| {
+            all.retain(|u| {
+                let done = u.id.writer == writer && up_to(u.id.seq, highest) && !open.contains(&u.id.seq);
+                let keep = match u.fate {
+                    Fate::Applied => !done,
+                    _ => now.duration_since(u.at) < REMEMBER,
+                };
+                forgotten |= !keep;
+                keep
             });
             !all.is_empty()
         });
+        if forgotten {
+            let record = Record::Done { writer, highest, open: open.into_iter().collect() };
+            // Not flushed: after a power cut it was not said, which is no harm.
+            if let Err(error) = self.log.append(&record, false, || self.logged()) {
+                tracing::warn!("cannot log that writes of strips are done: {error}");
+            }
+        }
     }
 
     /// The epoch ends: from here on what is not done is unsettled. Nothing is being written.
@@ -372,20 +510,40 @@ impl Intents {
         self.nr_unsettled.store(unsettled.len(), Ordering::Release);
     }
 
+    /// Parity of the object fits in this epoch; homes that ask once more are only told so, as others may write by then.
+    pub fn mended(&self, oid: Oid, epoch: Epoch) {
+        let mut mended = self.mended.lock();
+        mended.retain(|_, e| *e == epoch);
+        mended.insert(oid, epoch);
+    }
+
+    /// Whether [`Intents::mended`] was called for this epoch.
+    pub fn is_mended(&self, oid: Oid, epoch: Epoch) -> bool {
+        self.mended.lock().get(&oid) == Some(&epoch)
+    }
+
     /// Takes on the duty to settle an object in this epoch; `None` = somebody has it.
     pub fn take_on(&self, oid: Oid, epoch: Epoch) -> Option<Care> {
         let what = (oid, epoch);
         self.in_care.lock().insert(what).then(|| Care { in_care: self.in_care.clone(), what })
     }
 
-    /// This node's objects are out of date and will be recovered from others, which settled what was to be settled.
+    /// This node's objects are out of date and will be recovered from others, which settled what was to be settled. Writes of
+    /// strips of which it is open here whether they stand stay so: the others may yet decide, and read the old strips.
     pub fn leave_to_others(&self) {
+        let open: HashSet<Oid> = {
+            let undo = self.undo.lock();
+            let open = undo.iter().filter(|(_, all)| all.iter().any(|u| u.fate == Fate::Applied));
+            open.map(|(oid, _)| *oid).collect()
+        };
         let mut unsettled = self.unsettled.lock();
-        for (_, gone) in unsettled.drain() {
+        for (_, gone) in unsettled.extract_if(|oid, _| !open.contains(oid)) {
             gone.settled.notify_waiters();
         }
-        self.nr_unsettled.store(0, Ordering::Release);
-        self.undo.lock().clear();
+        for left in unsettled.values_mut() {
+            left.remembered = false;
+        }
+        self.nr_unsettled.store(unsettled.len(), Ordering::Release);
     }
 
     /// All homes of the object are equal again.
@@ -471,7 +629,7 @@ impl Intents {
             .writers
             .lock()
             .get(&id.writer)
-            .is_some_and(|w| w.told && up_to(id.seq, w.highest) && !w.open.contains(&id.seq));
+            .is_some_and(|w| w.told.is_some() && up_to(id.seq, w.highest) && !w.open.contains(&id.seq));
         match (done, epoch.0 < self.since.load(Ordering::Acquire)) {
             (true, _) => Fate::Done,
             (false, true) => Fate::Unknown,
@@ -479,20 +637,18 @@ impl Intents {
         }
     }
 
-    /// The write of `epoch` stands.
-    pub fn stands(&self, oid: Oid, id: WriteId, epoch: Epoch) {
-        self.decide(oid, id, epoch, Fate::Kept);
-    }
-
-    fn decide(&self, oid: Oid, id: WriteId, epoch: Epoch, fate: Fate) {
+    /// Whether the write of `epoch` stands was decided, and done here. Blocks until that is on disk.
+    pub fn decided(&self, oid: Oid, id: WriteId, epoch: Epoch, fate: Fate) -> io::Result<()> {
+        let mut known = false;
         if let Some(all) = self.undo.lock().get_mut(&oid) {
             for undo in all.iter_mut().filter(|u| u.id == id && u.epoch == epoch && u.fate == Fate::Applied) {
-                (undo.fate, undo.at) = (fate, Instant::now());
-                if fate == Fate::Kept {
-                    undo.old = Bytes::new();
-                }
+                (undo.fate, undo.old, undo.at, known) = (fate, Bytes::new(), Instant::now(), true);
             }
         }
+        if !known {
+            return Ok(());
+        }
+        self.log.append(&Record::Decision { oid, epoch, id, fate }, true, || self.logged())
     }
 
     /// What has to be written to undo a write of `epoch`, in this order.
@@ -505,11 +661,6 @@ impl Intents {
             .collect();
         parts.reverse();
         parts
-    }
-
-    /// The write of `epoch` was undone.
-    pub fn undone(&self, oid: Oid, id: WriteId, epoch: Epoch) {
-        self.decide(oid, id, epoch, Fate::Undone);
     }
 }
 
@@ -575,13 +726,13 @@ mod tests {
         intents.note(Epoch(2));
         let replica = Replica { oid: Oid(3), strip: Some(1) };
         for old in [b"aa", b"bb"] {
-            intents.keep(replica, ID, Epoch(4), 0, Bytes::from_static(old));
+            intents.keep(replica, ID, Epoch(4), 0, Bytes::from_static(old)).expect("logged");
         }
         assert_eq!(intents.fate(Oid(3), ID, Epoch(4)), Fate::Applied);
         let old: Vec<Bytes> =
             intents.to_undo(Oid(3), ID, Epoch(4)).into_iter().map(|(_, _, old)| old).collect();
         assert_eq!(old, [&b"bb"[..], b"aa"]);
-        intents.undone(Oid(3), ID, Epoch(4));
+        intents.decided(Oid(3), ID, Epoch(4), Fate::Undone).expect("logged");
         assert_eq!(intents.fate(Oid(3), ID, Epoch(4)), Fate::Undone);
         assert!(intents.open_writes(Oid(3)).is_empty());
         let other = WriteId { seq: 6, ..ID };
@@ -589,5 +740,40 @@ mod tests {
         assert_eq!(intents.fate(Oid(3), other, Epoch(1)), Fate::Unknown, "before this process");
         intents.done(9, 6, &[]);
         assert_eq!(intents.fate(Oid(3), other, Epoch(4)), Fate::Done);
+    }
+    #[test]
+    fn after_a_restart_open_writes_of_strips_are_known() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let intents = intents(dir.path());
+        intents.note(Epoch(2));
+        let replica = Replica { oid: Oid(3), strip: Some(1) };
+        let ids: Vec<WriteId> = (1..=4).map(|seq| WriteId { writer: 9, seq }).collect();
+        for id in &ids {
+            intents.keep(replica, *id, Epoch(4), 512, Bytes::from_static(b"old")).expect("logged");
+        }
+        intents.done(9, 1, &[]);
+        intents.decided(Oid(3), ids[1], Epoch(4), Fate::Undone).expect("logged");
+        intents.decided(Oid(3), ids[2], Epoch(4), Fate::Kept).expect("logged");
+        // Once read from what was appended, once from what a file begins with.
+        for restarted in [false, true] {
+            if restarted {
+                intents.restart_log();
+            }
+            let again = super::tests::intents(dir.path());
+            assert_eq!(again.unsettled(), [Oid(3)]);
+            assert!(!again.is_remembered(Oid(3)), "all its writes are known");
+            let fates: Vec<Fate> = ids.iter().map(|id| again.fate(Oid(3), *id, Epoch(4))).collect();
+            assert_eq!(fates, [Fate::Done, Fate::Undone, Fate::Kept, Fate::Applied]);
+            assert_eq!(again.to_undo(Oid(3), ids[3], Epoch(4)), [(replica, 512, Bytes::from_static(b"old"))]);
+            assert_eq!(again.fate(Oid(3), WriteId { seq: 5, ..ids[0] }, Epoch(2)), Fate::Absent);
+            assert_eq!(again.fate(Oid(3), WriteId { seq: 5, ..ids[0] }, Epoch(1)), Fate::Unknown);
+        }
+        intents.enter(Oid(8)).expect("entered");
+        let again = super::tests::intents(dir.path());
+        again.leave_to_others();
+        assert_eq!(again.unsettled(), [Oid(3)], "others may yet decide about it");
+        again.decided(Oid(3), ids[3], Epoch(4), Fate::Undone).expect("logged");
+        again.leave_to_others();
+        assert!(again.all_settled());
     }
 }

@@ -28,5 +28,6 @@ pub mod sheep;
 pub mod shell;
 pub mod start;
 pub mod stats;
+mod undo_log;
 pub mod vdi;
 pub mod view;

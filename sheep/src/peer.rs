@@ -11,7 +11,7 @@ use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
-use sheepdog_store::StoreError;
+use sheepdog_store::{Replica, StoreError};
 
 use crate::gate::Pass;
 use crate::gateway::object::is_coded;
@@ -251,7 +251,7 @@ async fn write(
     note_intent(sheep, body.oid, id, if plain { regions_of(size, offset, len as u64) } else { u64::MAX })?;
     if plain && replica.strip.is_some() {
         match store.read(replica, offset, len).await {
-            Ok(old) => sheep.intents.keep(replica, id, request.epoch, offset, old),
+            Ok(old) => keep_old(sheep, replica, id, request.epoch, offset, old)?,
             Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
             Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
         }
@@ -268,14 +268,28 @@ fn write_id(body: &ObjRequest) -> WriteId {
     WriteId { writer: body.tgt_epoch.0, seq: body.write_seq }
 }
 
+/// Keeps what a write of a strip is about to replace.
+fn keep_old(
+    sheep: &Arc<Sheep>,
+    replica: Replica,
+    id: WriteId,
+    epoch: Epoch,
+    offset: u64,
+    old: Bytes,
+) -> Result<(), ResultCode> {
+    let kept = tokio::task::block_in_place(|| sheep.intents.keep(replica, id, epoch, offset, old));
+    kept.map_err(|error| unlogged(replica.oid, &error))
+}
+
+fn unlogged(oid: Oid, error: &std::io::Error) -> ResultCode {
+    tracing::error!("cannot note that {oid} is being written: {error}");
+    if error.kind() == std::io::ErrorKind::StorageFull { ResultCode::NO_SPACE } else { ResultCode::EIO }
+}
+
 /// Notes a write that is about to begin.
 fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Result<(), ResultCode> {
     while !sheep.intents.begin(oid, id, regions) {
-        if let Err(error) = tokio::task::block_in_place(|| sheep.intents.enter(oid)) {
-            tracing::error!("cannot note that {oid} is being written: {error}");
-            let full = error.kind() == std::io::ErrorKind::StorageFull;
-            return Err(if full { ResultCode::NO_SPACE } else { ResultCode::EIO });
-        }
+        tokio::task::block_in_place(|| sheep.intents.enter(oid)).map_err(|error| unlogged(oid, &error))?;
     }
     Ok(())
 }

@@ -7,8 +7,9 @@
 //!
 //! *Coded objects.* The homes of the epoch of the write decide whether it stands: it does if all of them that are here
 //! have it, or if one knows that it was done; else it is undone where it is, before anybody reads or rebuilds a strip.
-//! The first of these homes asks and tells. After a loss of all nodes nobody remembers the writes: then the first home
-//! makes parity fit the data strips as they are.
+//! The first of these homes asks and tells. What a write replaced and what was decided is kept on disk, so this is so after a
+//! loss of all nodes, too. Where a node has no such log (an earlier version wrote there), the first home makes parity fit
+//! the data strips as they are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -446,7 +447,7 @@ pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(
     let homes: Vec<NodeId> = view.ring.nodes_of(oid, code.strips()).map(|n| n.nid).collect();
     let (_, size) = sheep.named_replica(oid, 0, &view);
     let unit = STRIPE / code.data_strips();
-    if homes.len() == code.strips() {
+    if homes.len() == code.strips() && !sheep.intents.is_mended(oid, epoch) {
         for offset in (0..size).step_by(STRIP_STEP as usize) {
             let len = (size - offset).min(STRIP_STEP) as usize;
             let read =
@@ -471,6 +472,7 @@ pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(
             }
         }
     }
+    sheep.intents.mended(oid, epoch);
     release(sheep, oid, &homes, sheep.me, epoch).await
 }
 
@@ -523,6 +525,9 @@ pub async fn strip_as_it_is(
     offset: u64,
     len: usize,
 ) -> Result<Bytes, ResultCode> {
+    if !sheep.intents.open_writes(replica.oid).is_empty() {
+        return Err(ResultCode::AGAIN); // what is open is decided first
+    }
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (_, size) = sheep.named_replica(replica.oid, replica.strip.unwrap_or(0), &sheep.views.load());
     crate::peer::check_range(offset, len as u64, size)?;
@@ -623,7 +628,7 @@ pub async fn decide(
     let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
     for id in ids {
         if stands {
-            sheep.intents.stands(oid, *id, written);
+            note_decision(sheep, oid, *id, written, Fate::Kept)?;
             continue;
         }
         for (replica, offset, old) in sheep.intents.to_undo(oid, *id, written) {
@@ -641,12 +646,26 @@ pub async fn decide(
                 Err(error) => return Err(fault(sheep, &error)),
             }
         }
-        sheep.intents.undone(oid, *id, written);
+        note_decision(sheep, oid, *id, written, Fate::Undone)?;
     }
-    if sheep.intents.open_writes(oid).is_empty() {
+    if sheep.intents.open_writes(oid).is_empty() && !sheep.intents.is_remembered(oid) {
         sheep.intents.settled(oid);
     }
     Ok(())
+}
+
+fn note_decision(
+    sheep: &Arc<Sheep>,
+    oid: Oid,
+    id: WriteId,
+    written: Epoch,
+    fate: Fate,
+) -> Result<(), ResultCode> {
+    let noted = tokio::task::block_in_place(|| sheep.intents.decided(oid, id, written, fate));
+    noted.map_err(|error| {
+        tracing::error!("cannot note what was decided about a write of {oid}: {error}");
+        ResultCode::EIO
+    })
 }
 
 #[cfg(test)]

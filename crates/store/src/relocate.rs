@@ -119,6 +119,13 @@ fn relocate(
             Ok(()) => {}
             Err(CopyError::Target(e)) => return Err(inner.fault(&to, replica.oid, &e)),
             Err(CopyError::Source(e)) => {
+                // Old states are purged at any time.
+                if let Some(name) =
+                    stale.filter(|_| e.kind() == io::ErrorKind::NotFound && from.path.is_dir())
+                {
+                    inner.index.remove_stale(name, from.id);
+                    return Ok(Outcome::Nothing);
+                }
                 return match inner.fault(from, replica.oid, &e) {
                     e @ (StoreError::Io(_) | StoreError::NoObject) => Ok(Outcome::Unreadable(e)),
                     e => Err(e),

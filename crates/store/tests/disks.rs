@@ -299,6 +299,25 @@ async fn an_unreadable_file_stays_behind_and_is_counted_as_lost() {
 }
 
 #[tokio::test]
+async fn old_states_that_are_purged_meanwhile_are_not_counted_as_lost() {
+    let dir = Dir::new();
+    let store = dir.open([0, 1]);
+    fill(&store, 40).await;
+    for i in 0..40 {
+        store.stash(object(i), Epoch(3)).await.expect("stash");
+    }
+    store.unplug(&dir.disk(0)).expect("unplug");
+    // As if the purge had come that far and no further.
+    for entry in fs::read_dir(dir.disk(0).join(".stale")).expect("old states") {
+        fs::remove_file(entry.expect("entry").path()).expect("removed");
+    }
+    let report = store.settle().await;
+    assert_eq!((report.failed, report.stuck.len()), (0, 0));
+    let released = store.release_drained(&report.stuck).await;
+    assert_eq!((released.len(), released[0].lost), (1, 0));
+}
+
+#[tokio::test]
 async fn without_room_elsewhere_an_unplugged_disk_stays_in_use() {
     let dir = Dir::new();
     drop(dir.open([0, 1]));

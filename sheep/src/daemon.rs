@@ -180,6 +180,9 @@ async fn serve(
     if let Some(reason) = refusal_by_member(&sheep, &*driver, &state).await {
         return Err(format!("{reason}\nfailed to join Sheepdog"));
     }
+    if let Some(store) = &sheep.store {
+        sheep.intents.verify(store).await;
+    }
     parts.spawn(&sheep);
     tracing::info!("{} going to join the cluster", state.me.nid);
     let (record, info) = (state.me, state.cluster_info());

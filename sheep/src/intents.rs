@@ -21,7 +21,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use sheepdog_proto::{Epoch, Oid, Wire};
-use sheepdog_store::{Replica, Store, SyncMode};
+use sheepdog_store::{Replica, Store, StoreError, SyncMode};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -108,15 +108,19 @@ struct Undo {
     strip: u8,
     offset: u64,
     old: Bytes,
+    /// Checksum of what was written.
+    new: u32,
     fate: Fate,
+    /// Begun by an earlier process and not carried out, or in part.
+    torn: bool,
     at: Instant,
 }
 
 impl Undo {
     fn write(&self, oid: Oid) -> Record {
-        let Undo { id, epoch, strip, .. } = *self;
+        let Undo { id, epoch, strip, new, .. } = *self;
         // A strip is no longer than an object, whose offsets have 32 bits.
-        Record::Write { oid, strip, epoch, id, offset: self.offset as u32, old: self.old.clone() }
+        Record::Write { oid, strip, epoch, id, offset: self.offset as u32, new, old: self.old.clone() }
     }
 
     fn records(&self, oid: Oid) -> Vec<Record> {
@@ -126,6 +130,40 @@ impl Undo {
             out.push(Record::Decision { oid, epoch, id, fate });
         }
         out
+    }
+}
+
+/// Which of these writes of a strip, the oldest first, it has: offset, checksum and what was replaced. `None` = there is
+/// no strip, or it cannot be read.
+async fn carried_out(store: &Store, replica: Replica, writes: &[(u64, u32, Bytes)]) -> Vec<Option<bool>> {
+    let mut out = Vec::new();
+    // What they replaced is laid over the strip, one after the other: so it was before each.
+    let mut before: Vec<(u64, &Bytes)> = Vec::new();
+    for (offset, new, old) in writes.iter().rev() {
+        let found = match store.read(replica, *offset, old.len()).await {
+            Err(StoreError::NoObject) => match store.stale_epochs(replica).last() {
+                Some(epoch) => store.read_stale(replica, *epoch, *offset, old.len()).await,
+                None => Err(StoreError::NoObject),
+            },
+            other => other,
+        };
+        out.push(found.ok().map(|bytes| {
+            let mut bytes = bytes.to_vec();
+            before.iter().for_each(|(at, part)| lay_over(&mut bytes, *offset, part, *at));
+            crc32fast::hash(&bytes) == *new
+        }));
+        before.push((*offset, old));
+    }
+    out.reverse();
+    out
+}
+
+/// Lays `part`, which is at `at`, over `bytes`, which are at `offset`, where they overlap.
+fn lay_over(bytes: &mut [u8], offset: u64, part: &[u8], at: u64) {
+    let (start, end) = (offset.max(at), (offset + bytes.len() as u64).min(at + part.len() as u64));
+    if start < end {
+        let (to, from, len) = ((start - offset) as usize, (start - at) as usize, (end - start) as usize);
+        bytes[to..to + len].copy_from_slice(&part[from..from + len]);
     }
 }
 
@@ -141,13 +179,14 @@ impl Logged {
         let mut out = Logged { writers: HashMap::new(), undo: HashMap::new(), since: u32::MAX };
         for record in records {
             match record {
-                Record::Write { oid, strip, epoch, id, offset, old } => {
+                Record::Write { oid, strip, epoch, id, offset, new, old } => {
                     let offset = u64::from(offset);
                     let all = out.undo.entry(oid).or_default();
                     // A file may begin with a write that is also the first one appended to it.
                     let same = |u: &Undo| (u.id, u.epoch, u.strip, u.offset) == (id, epoch, strip, offset);
                     if !all.iter().any(|u| same(u) && u.old == old) {
-                        all.push(Undo { id, epoch, strip, offset, old, fate: Fate::Applied, at: now });
+                        let (fate, torn) = (Fate::Applied, false);
+                        all.push(Undo { id, epoch, strip, offset, old, new, fate, torn, at: now });
                     }
                 }
                 Record::Decision { oid, epoch, id, fate } => {
@@ -418,7 +457,7 @@ impl Intents {
         }
     }
 
-    /// Remembers what a write of a strip is about to replace. Blocks until that is on disk; the strip must not be written
+    /// Remembers what a write of `data` to a strip is about to replace. Blocks until that is on disk; the strip must not be written
     /// before, nor if it fails.
     pub fn keep(
         &self,
@@ -427,12 +466,15 @@ impl Intents {
         epoch: Epoch,
         offset: u64,
         old: Bytes,
+        data: &[u8],
     ) -> io::Result<()> {
         if id.writer == 0 {
             return Ok(()); // nobody would say when it is done
         }
         let (oid, strip) = (replica.oid, replica.strip.unwrap_or(0));
-        let undo = Undo { id, epoch, strip, offset, old, fate: Fate::Applied, at: Instant::now() };
+        let new = crc32fast::hash(data);
+        let (fate, torn, at) = (Fate::Applied, false, Instant::now());
+        let undo = Undo { id, epoch, strip, offset, old, new, fate, torn, at };
         let record = undo.write(oid);
         self.undo.lock().entry(oid).or_default().push(undo);
         let logged = self.log.append(&record, true, || self.logged());
@@ -443,6 +485,40 @@ impl Intents {
             all.pop_if(|u| u.id == id && u.epoch == epoch);
         }
         logged
+    }
+
+    /// Looks which open writes of an earlier process were carried out: they are logged before.
+    pub async fn verify(&self, store: &Store) {
+        let mut open: HashMap<Replica, Vec<(u64, u32, Bytes)>> = HashMap::new();
+        for (oid, all) in self.undo.lock().iter() {
+            for undo in all.iter().filter(|u| u.fate == Fate::Applied) {
+                let replica = Replica { oid: *oid, strip: Some(undo.strip) };
+                open.entry(replica).or_default().push((undo.offset, undo.new, undo.old.clone()));
+            }
+        }
+        for (replica, writes) in open {
+            let mut found = carried_out(store, replica, &writes).await.into_iter();
+            let mut undo = self.undo.lock();
+            let all = undo.get_mut(&replica.oid).into_iter().flatten();
+            for undo in all.filter(|u| u.fate == Fate::Applied && Some(u.strip) == replica.strip) {
+                match found.next().flatten() {
+                    Some(done) => undo.torn = !done,
+                    // Without the strip nothing can be said, and there is nothing to undo.
+                    None => undo.fate = Fate::Unknown,
+                }
+            }
+        }
+    }
+
+    /// The object is about to be created anew or removed: its writes before that are over.
+    pub fn replaced(&self, oid: Oid) -> io::Result<()> {
+        let open: Vec<(Epoch, Vec<WriteId>)> = self.open_writes(oid).into_iter().collect();
+        for (epoch, ids) in open {
+            for id in ids {
+                self.decided(oid, id, epoch, Fate::Kept)?;
+            }
+        }
+        Ok(())
     }
 
     /// A gateway says: every write up to `highest` is done, except `open`.
@@ -621,8 +697,11 @@ impl Intents {
     /// What became of a write of `epoch` here.
     pub fn fate(&self, oid: Oid, id: WriteId, epoch: Epoch) -> Fate {
         let here = |u: &&Undo| u.id == id && u.epoch == epoch;
-        let known = self.undo.lock().get(&oid).and_then(|all| all.iter().find(here).map(|u| u.fate));
-        if let Some(fate) = known {
+        let last = |all: &Vec<Undo>| {
+            let undo = all.iter().rev().find(here)?;
+            Some(if undo.torn && undo.fate == Fate::Applied { Fate::Absent } else { undo.fate })
+        };
+        if let Some(fate) = self.undo.lock().get(&oid).and_then(last) {
             return fate;
         }
         let done = self
@@ -726,7 +805,7 @@ mod tests {
         intents.note(Epoch(2));
         let replica = Replica { oid: Oid(3), strip: Some(1) };
         for old in [b"aa", b"bb"] {
-            intents.keep(replica, ID, Epoch(4), 0, Bytes::from_static(old)).expect("logged");
+            intents.keep(replica, ID, Epoch(4), 0, Bytes::from_static(old), b"new").expect("logged");
         }
         assert_eq!(intents.fate(Oid(3), ID, Epoch(4)), Fate::Applied);
         let old: Vec<Bytes> =
@@ -749,7 +828,7 @@ mod tests {
         let replica = Replica { oid: Oid(3), strip: Some(1) };
         let ids: Vec<WriteId> = (1..=4).map(|seq| WriteId { writer: 9, seq }).collect();
         for id in &ids {
-            intents.keep(replica, *id, Epoch(4), 512, Bytes::from_static(b"old")).expect("logged");
+            intents.keep(replica, *id, Epoch(4), 512, Bytes::from_static(b"old"), b"new").expect("logged");
         }
         intents.done(9, 1, &[]);
         intents.decided(Oid(3), ids[1], Epoch(4), Fate::Undone).expect("logged");
@@ -775,5 +854,37 @@ mod tests {
         again.decided(Oid(3), ids[3], Epoch(4), Fate::Undone).expect("logged");
         again.leave_to_others();
         assert!(again.all_settled());
+    }
+    #[tokio::test]
+    async fn after_a_restart_what_is_logged_is_told_from_what_was_carried_out() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (meta, disk) = (dir.path().join("meta"), dir.path().join("disk"));
+        std::fs::create_dir_all(&meta).expect("directory");
+        let (store, _) = Store::open(&[disk], sheepdog_store::StoreOptions::default()).expect("store");
+        let replica = Replica { oid: Oid(3), strip: Some(1) };
+        store.create(replica, 8192, 0, Bytes::from(vec![b'-'; 8192])).await.expect("created");
+        let first = intents(&meta);
+        first.note(Epoch(2));
+        // Overlapping ones; the last two only in part and not at all.
+        let writes = [(0, "aaaa"), (2, "bbbb"), (4, "cccc"), (4000, "dddd")];
+        let id = |n: usize| WriteId { writer: 9, seq: n as u32 + 1 };
+        for (n, (offset, new)) in writes.iter().enumerate() {
+            let old = store.read(replica, *offset, 4).await.expect("read");
+            first.keep(replica, id(n), Epoch(4), *offset, old, new.as_bytes()).expect("logged");
+            let carried_out = &new[..[4, 4, 2, 0][n]];
+            store.write(replica, 8192, *offset, carried_out.into()).await.expect("written");
+        }
+        let again = intents(&meta);
+        again.verify(&store).await;
+        let fates: Vec<Fate> = (0..4).map(|n| again.fate(replica.oid, id(n), Epoch(4))).collect();
+        assert_eq!(fates, [Fate::Applied, Fate::Applied, Fate::Absent, Fate::Absent]);
+        assert_eq!(again.to_undo(replica.oid, id(2), Epoch(4)), [(replica, 4, Bytes::from_static(b"bb--"))]);
+
+        again.replaced(replica.oid).expect("logged");
+        store.remove(replica).await.expect("removed");
+        first.verify(&store).await;
+        assert_eq!(first.fate(replica.oid, id(0), Epoch(4)), Fate::Unknown, "there is no strip");
+        let third = intents(&meta);
+        assert_eq!(third.fate(replica.oid, id(3), Epoch(4)), Fate::Kept);
     }
 }

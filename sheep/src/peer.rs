@@ -11,7 +11,7 @@ use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
-use sheepdog_store::{Replica, StoreError};
+use sheepdog_store::StoreError;
 
 use crate::gate::Pass;
 use crate::gateway::object::is_coded;
@@ -251,10 +251,16 @@ async fn write(
     note_intent(sheep, body.oid, id, if plain { regions_of(size, offset, len as u64) } else { u64::MAX })?;
     if plain && replica.strip.is_some() {
         match store.read(replica, offset, len).await {
-            Ok(old) => keep_old(sheep, replica, id, request.epoch, offset, old)?,
+            Ok(old) => {
+                let keep = || sheep.intents.keep(replica, id, request.epoch, offset, old, &payload);
+                tokio::task::block_in_place(keep).map_err(|error| unlogged(body.oid, &error))?;
+            }
             Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
             Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
         }
+    }
+    if !plain {
+        replaced(sheep, body.oid)?;
     }
     let done = match plain {
         true => store.write(replica, size, offset, payload).await,
@@ -268,17 +274,9 @@ fn write_id(body: &ObjRequest) -> WriteId {
     WriteId { writer: body.tgt_epoch.0, seq: body.write_seq }
 }
 
-/// Keeps what a write of a strip is about to replace.
-fn keep_old(
-    sheep: &Arc<Sheep>,
-    replica: Replica,
-    id: WriteId,
-    epoch: Epoch,
-    offset: u64,
-    old: Bytes,
-) -> Result<(), ResultCode> {
-    let kept = tokio::task::block_in_place(|| sheep.intents.keep(replica, id, epoch, offset, old));
-    kept.map_err(|error| unlogged(replica.oid, &error))
+/// Writes of the object before are over.
+fn replaced(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
+    tokio::task::block_in_place(|| sheep.intents.replaced(oid)).map_err(|error| unlogged(oid, &error))
 }
 
 fn unlogged(oid: Oid, error: &std::io::Error) -> ResultCode {
@@ -300,6 +298,7 @@ async fn remove(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Re
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
     sheep.tombstones.add(body.oid, view.epoch);
+    replaced(sheep, body.oid)?;
     store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))
 }
 

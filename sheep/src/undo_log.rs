@@ -6,7 +6,7 @@
 //! other one is not needed any more from then on. The current one is that of the highest generation which is complete. Files
 //! are filled with zeros once and written over and over, so that a flush changes no metadata of the file system.
 //!
-//! A record, little endian, 48 bytes and its payload:
+//! A record, little endian, 52 bytes and its payload:
 //!
 //! | bytes | |
 //! |---|---|
@@ -21,8 +21,9 @@
 //! | 32..36 | epoch |
 //! | 36..40, 40..44 | gateway and number of the write; done: the highest number |
 //! | 44..48 | offset in the strip, in bytes |
+//! | 48..52 | CRC-32 of the bytes that are written |
 //!
-//! Payload: the bytes that a write replaced; the numbers (4 bytes each) up to the highest that are not done.
+//! A write is logged before it is carried out: whether it was, the last field tells. Payload: the bytes that a write replaced; the numbers (4 bytes each) up to the highest that are not done.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -37,7 +38,7 @@ use sheepdog_proto::{Epoch, Oid};
 use crate::intents::{Fate, WriteId};
 
 const MAGIC: &[u8; 4] = b"SDUL";
-const HEADER: usize = 48;
+const HEADER: usize = 52;
 /// Bytes of a file; larger if more is of interest at once.
 const SEGMENT: u64 = 8 << 20;
 
@@ -45,7 +46,7 @@ const SEGMENT: u64 = 8 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
     /// A strip is about to be written.
-    Write { oid: Oid, strip: u8, epoch: Epoch, id: WriteId, offset: u32, old: Bytes },
+    Write { oid: Oid, strip: u8, epoch: Epoch, id: WriteId, offset: u32, new: u32, old: Bytes },
     /// Whether a write stands was decided.
     Decision { oid: Oid, epoch: Epoch, id: WriteId, fate: Fate },
     /// A gateway said that its writes up to `highest` are done, except `open`.
@@ -67,14 +68,16 @@ fn eight(bytes: &[u8], at: usize) -> u64 {
 impl Record {
     fn encode(&self, generation: u64) -> Vec<u8> {
         let no_id = WriteId::default();
-        let (kind, detail, oid, epoch, id, offset) = match self {
-            Record::Write { oid, strip, epoch, id, offset, .. } => (1, *strip, *oid, *epoch, *id, *offset),
-            Record::Decision { oid, epoch, id, fate } => (2, *fate as u8, *oid, *epoch, *id, 0),
-            Record::Done { writer, highest, .. } => {
-                (3, 0, Oid(0), Epoch(0), WriteId { writer: *writer, seq: *highest }, 0)
+        let (kind, detail, oid, epoch, id, offset, new) = match self {
+            Record::Write { oid, strip, epoch, id, offset, new, .. } => {
+                (1, *strip, *oid, *epoch, *id, *offset, *new)
             }
-            Record::Since(epoch) => (4, 0, Oid(0), *epoch, no_id, 0),
-            Record::Complete => (5, 0, Oid(0), Epoch(0), no_id, 0),
+            Record::Decision { oid, epoch, id, fate } => (2, *fate as u8, *oid, *epoch, *id, 0, 0),
+            Record::Done { writer, highest, .. } => {
+                (3, 0, Oid(0), Epoch(0), WriteId { writer: *writer, seq: *highest }, 0, 0)
+            }
+            Record::Since(epoch) => (4, 0, Oid(0), *epoch, no_id, 0, 0),
+            Record::Complete => (5, 0, Oid(0), Epoch(0), no_id, 0, 0),
         };
         let numbers: Vec<u8>;
         let payload: &[u8] = match self {
@@ -92,7 +95,7 @@ impl Record {
         out.extend([kind, detail, 0, 0]);
         out.extend((payload.len() as u32).to_le_bytes());
         out.extend(oid.0.to_le_bytes());
-        for number in [epoch.0, id.writer, id.seq, offset] {
+        for number in [epoch.0, id.writer, id.seq, offset, new] {
             out.extend(number.to_le_bytes());
         }
         out.extend(payload);
@@ -119,6 +122,7 @@ impl Record {
                 epoch,
                 id,
                 offset,
+                new: four(header, 48),
                 old: Bytes::copy_from_slice(payload),
             },
             2 => Record::Decision { oid, epoch, id, fate: Fate::of(header[17]) },
@@ -274,7 +278,7 @@ mod tests {
 
     fn write(offset: u32, len: usize) -> Record {
         let old = Bytes::from(vec![3; len]);
-        Record::Write { oid: Oid(5), strip: 2, epoch: Epoch(4), id: ID, offset, old }
+        Record::Write { oid: Oid(5), strip: 2, epoch: Epoch(4), id: ID, offset, new: 6, old }
     }
 
     fn records(dir: &Path) -> Option<Vec<Record>> {

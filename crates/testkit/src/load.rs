@@ -58,8 +58,6 @@ pub struct Region {
     /// Versions each slot may hold; the first one is the last acknowledged.
     candidates: Vec<Vec<u32>>,
     next_version: u32,
-    /// Nothing is expected of a slot whose last write has no known outcome.
-    lenient: bool,
     /// Writes acknowledged.
     pub acknowledged: u64,
     /// Writes whose connection broke before the answer.
@@ -89,7 +87,6 @@ impl Region {
                 first: w as u64 * slots,
                 candidates: vec![vec![0]; slots as usize],
                 next_version: 1,
-                lenient: false,
                 acknowledged: 0,
                 unknown: 0,
                 errors: Vec::new(),
@@ -98,13 +95,6 @@ impl Region {
                 latencies: Vec::new(),
             })
             .collect())
-    }
-
-    /// Expects nothing of slots whose last write has no known outcome: until a stripe of a coded object is written again, it
-    /// may hold strips of both states.
-    pub fn lenient(mut self) -> Region {
-        self.lenient = true;
-        self
     }
 
     fn offset(&self, slot: u64) -> u64 {
@@ -154,9 +144,6 @@ impl Region {
     fn check(&self, slot: u64, bytes: &[u8]) -> Result<(), String> {
         let allowed = &self.candidates[slot as usize];
         let place = self.first + slot;
-        if self.lenient && allowed.len() > 1 {
-            return Ok(());
-        }
         match version_of(self.writer, place, bytes) {
             Some(v) if allowed.contains(&v) => Ok(()),
             Some(v) => Err(format!(

@@ -16,6 +16,7 @@ use sheepdog_store::StoreError;
 use crate::gate::Pass;
 use crate::gateway::object::is_coded;
 use crate::intents::{WriteId, regions_of};
+use crate::ops::order::is_settling;
 use crate::sheep::Sheep;
 use crate::vdi::reclaim;
 use crate::view::View;
@@ -40,7 +41,7 @@ async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<Vi
 async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
     loop {
         let view = sheep.views.load();
-        if view.status == ClusterStatus::Killed {
+        if view.status == ClusterStatus::Killed && !is_settling(request) {
             return Err(ResultCode::KILLED);
         }
         if request.epoch.is_before(view.epoch) {

@@ -21,6 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::dispatch::{self, Class, Row};
 use crate::gateway;
+use crate::ops::order::is_settling;
 use crate::ops::result;
 use crate::peer;
 use crate::sheep::Sheep;
@@ -275,6 +276,7 @@ impl Connection {
         }
         match view.status {
             ClusterStatus::Ok => Ok(()),
+            ClusterStatus::Killed if is_settling(request) => Ok(()),
             ClusterStatus::Killed => Err(ResultCode::KILLED),
             ClusterStatus::Shutdown => Err(ResultCode::SHUTDOWN),
             ClusterStatus::Wait if row.force => Ok(()),

@@ -28,7 +28,7 @@ use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::{assemble, code_of, encode};
 use crate::gateway::grants::first_home;
 use crate::gateway::object::is_coded;
-use crate::gateway::sequencer::at_epoch;
+use crate::gateway::sequencer::member_at;
 use crate::intents::{Fate, WriteId, ranges};
 use crate::peers::Lane;
 use crate::sheep::Sheep;
@@ -84,7 +84,7 @@ async fn until_settled(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) {
 }
 
 async fn settle(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     if is_coded(oid, &sheep.redundancy(oid.vid(), &view)) {
         for (written, ids) in sheep.intents.open_writes(oid) {
             settle_strips(sheep, oid, written, &ids, epoch).await?;
@@ -159,7 +159,7 @@ async fn release(
 /// Waits until this node's replica of `oid` is recovered, if it is to be.
 async fn recovered(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
     loop {
-        let view = at_epoch(sheep, epoch).await?;
+        let view = member_at(sheep, epoch).await?;
         if sheep.recovery.ready(sheep, oid, &view).await {
             return Ok(());
         }
@@ -192,7 +192,7 @@ async fn lead(
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     let kept = sheep.redundancy(oid.vid(), &view);
     if first_home(&view, oid) != Some(sheep.me) || is_coded(oid, &kept) {
         return Err(ResultCode::INVALID_PARMS);
@@ -225,7 +225,7 @@ pub async fn follow(
     source: NodeId,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    at_epoch(sheep, epoch).await?;
+    member_at(sheep, epoch).await?;
     if regions == 0 {
         sheep.intents.settled(oid);
         return Ok(());
@@ -243,7 +243,7 @@ async fn pull(
 ) -> Result<(), ResultCode> {
     let Some(store) = sheep.store.as_ref() else { return Ok(()) };
     recovered(sheep, oid, epoch).await?;
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     if !view.is_member(&source) || source == sheep.me || !sheep.is_home(oid, &view) {
         return Ok(());
     }
@@ -365,7 +365,7 @@ pub async fn judge(
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
-    at_epoch(sheep, epoch).await?;
+    member_at(sheep, epoch).await?;
     let homes = old_homes(sheep, oid, written).await?;
     let mut fates: HashMap<WriteId, Vec<Fate>> = HashMap::new();
     for home in &homes {
@@ -429,7 +429,7 @@ pub async fn undo_strips(
 
 /// Parity of an object that was being written when all nodes were lost.
 async fn settle_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     let leader = first_home(&view, oid).ok_or(ResultCode::WAIT_FOR_JOIN)?;
     if leader == sheep.me {
         return mend_parity(sheep, oid, epoch).await;
@@ -442,7 +442,7 @@ async fn settle_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(),
 /// being written at this moment is left alone, as it is written on all strips.
 pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     let code = code_of(sheep.redundancy(oid.vid(), &view).policy)?;
     let homes: Vec<NodeId> = view.ring.nodes_of(oid, code.strips()).map(|n| n.nid).collect();
     let (_, size) = sheep.named_replica(oid, 0, &view);
@@ -565,7 +565,7 @@ pub async fn mend_strip(
     data: Bytes,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (_, size) = sheep.named_replica(replica.oid, replica.strip.unwrap_or(0), &view);
     crate::peer::check_range(offset, data.len() as u64, size)?;
@@ -623,7 +623,7 @@ pub async fn decide(
     written: Epoch,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    let view = at_epoch(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
     let Some(store) = sheep.store.as_ref() else { return Ok(()) };
     let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
     for id in ids {

@@ -479,7 +479,8 @@ impl Task {
             self.sheep.intents.epoch_ends();
         }
         // Open first: whoever sees the new view finds the gate open.
-        if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown {
+        let ending = status == ClusterStatus::Killed && self.state.joined && !self.state.left;
+        if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown || ending {
             self.sheep.gate.open(epoch);
         }
         self.sheep.views.publish(view);

@@ -102,11 +102,18 @@ pub async fn perform(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> R
 pub async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
     let reached = sheep.views.until(|v| v.status == ClusterStatus::Killed || !v.epoch.is_before(epoch));
     let view = tokio::time::timeout(EPOCH_WAIT, reached).await.map_err(|_| ResultCode::NETWORK_ERROR)?;
-    match view.status {
-        ClusterStatus::Killed => Err(ResultCode::KILLED),
-        _ if epoch.is_before(view.epoch) => Err(ResultCode::OLD_NODE_VER),
-        _ => Ok(view),
-    }
+    if view.status == ClusterStatus::Killed { Err(ResultCode::KILLED) } else { of_epoch(view, epoch) }
+}
+
+/// As [`at_epoch`], also while this node is ending: its last requests wait for what others ask it meanwhile.
+pub async fn member_at(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
+    let reached = sheep.views.until(|v| !v.epoch.is_before(epoch));
+    let view = tokio::time::timeout(EPOCH_WAIT, reached).await.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    of_epoch(view, epoch)
+}
+
+fn of_epoch(view: Arc<View>, epoch: Epoch) -> Result<Arc<View>, ResultCode> {
+    if epoch.is_before(view.epoch) { Err(ResultCode::OLD_NODE_VER) } else { Ok(view) }
 }
 
 /// The turn of a part of `oid`, or an error when the epoch ends first: by then another node may be the first home, whose

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderResponse, order};
-use sheepdog_proto::{Epoch, Flags, NodeId, Request, Response, ResultCode, Wire};
+use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, Response, ResultCode, Wire};
 
 use sheepdog_store::Replica;
 
@@ -16,6 +16,24 @@ use crate::gateway::object::is_coded;
 use crate::gateway::{hold, sequencer};
 use crate::settle;
 use crate::sheep::Sheep;
+
+/// Whether a request is answered while this node is ending: what makes objects equal, which its last requests may wait for.
+pub fn is_settling(request: &Request) -> bool {
+    let reading = request.opcode == Opcode::READ_PEER && request.flags.contains(Flags::RECOVERY);
+    let what = request.order().what;
+    let settling = [
+        order::SETTLE,
+        order::PULL,
+        order::DONE,
+        order::RECALL,
+        order::DECIDE,
+        order::READ_STRIP,
+        order::WRITE_STRIP,
+    ];
+    reading
+        || request.opcode == Opcode::GET_HASH
+        || request.opcode == Opcode::ORDER_PEER && settling.contains(&what)
+}
 
 /// ORDER_PEER.
 pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
@@ -76,7 +94,7 @@ async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderRespons
 
 async fn settle(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
     let body = request.order();
-    let view = sequencer::at_epoch(sheep, request.epoch).await?;
+    let view = sequencer::member_at(sheep, request.epoch).await?;
     if is_coded(body.oid, &sheep.redundancy(body.oid.vid(), &view)) {
         match settle::decode_ids(payload) {
             ids if ids.is_empty() => settle::mend_parity(sheep, body.oid, request.epoch).await?,

@@ -91,6 +91,8 @@ pub mod order {
     pub const HOLD: u8 = 16;
     /// End a hold.
     pub const LET_GO: u8 = 17;
+    /// SHA-1 of the 4 KiB blocks of a replica that are not zero, each after its number. `serial`: as `tgt_epoch` of GET_HASH.
+    pub const DIGEST: u8 = 18;
 }
 
 wire! {

@@ -22,7 +22,7 @@ use sheepdog_erasure::STRIPE;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode, Wire};
-use sheepdog_store::{Replica, StoreError};
+use sheepdog_store::{DigestOf, Replica, StoreError};
 
 use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::{assemble, code_of, encode};
@@ -313,7 +313,7 @@ async fn same(sheep: &Arc<Sheep>, source: NodeId, replica: Replica, size: u64, e
     let body = ObjRequest { oid: replica.oid, ..ObjRequest::zeroed() };
     let request = Request::new(Opcode::GET_HASH).epoch(epoch).with_obj(body);
     let theirs = sheep.peers.call(&source, request, Bytes::new(), PULL_DEADLINE);
-    let (theirs, mine) = tokio::join!(theirs, store.hash(replica, size, None, false));
+    let (theirs, mine) = tokio::join!(theirs, store.hash(replica, size, None, DigestOf::All));
     matches!((theirs, mine), (Ok(t), Ok(m)) if t.response.result.is_ok() && t.response.hash().digest == m)
 }
 

@@ -46,6 +46,7 @@ mod worker;
 
 pub use error::StoreError;
 pub use failure::DiskFailure;
+pub use hash::DigestOf;
 pub use layout::Layout;
 pub use meta::{MetaDir, MetaError, replace_file};
 pub use name::{Replica, StaleName};

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use sheepdog_buffer::PageBuf;
 use sheepdog_proto::{Epoch, Oid, ResultCode, VdiId};
-use sheepdog_store::{DiskFailure, Layout, Replica, Store, StoreError, StoreOptions, SyncMode, WriteHook};
+use sheepdog_store::{
+    DigestOf, DiskFailure, Layout, Replica, Store, StoreError, StoreOptions, SyncMode, WriteHook,
+};
 
 const SIZE: u64 = 1 << 20;
 
@@ -57,8 +59,8 @@ async fn absent_objects_give_no_obj_and_ranges_past_the_end_are_refused() {
         store.read(r, 0, 4096).await.expect_err("read"),
         store.remove(r).await.expect_err("remove"),
         store.stash(r, Epoch(1)).await.expect_err("stash"),
-        store.hash(r, SIZE, None, false).await.expect_err("hash"),
-        store.hash(r, SIZE, Some(Epoch(0)), false).await.expect_err("hash of epoch 0"),
+        store.hash(r, SIZE, None, DigestOf::All).await.expect_err("hash"),
+        store.hash(r, SIZE, Some(Epoch(0)), DigestOf::All).await.expect_err("hash of epoch 0"),
         store.read_stale(r, Epoch(0), 0, 10).await.expect_err("stale read"),
     ];
     assert!(absent.iter().all(|e| e.result() == ResultCode::NO_OBJ), "{absent:?}");
@@ -300,10 +302,10 @@ async fn old_states_are_kept_linked_and_purged_by_epoch() {
     assert!(store.link_stale(a, Epoch(5)).await.expect("link"));
     assert!(store.link_stale(a, Epoch(3)).await.expect("exists already"));
     assert_eq!(content(&store, a).await[0], 5);
-    let of_working = store.hash(a, SIZE, Some(Epoch(3)), false).await.expect("hash");
+    let of_working = store.hash(a, SIZE, Some(Epoch(3)), DigestOf::All).await.expect("hash");
     store.remove(a).await.expect("remove");
-    assert_ne!(store.hash(a, SIZE, Some(Epoch(3)), false).await.expect("stale"), of_working);
-    assert_eq!(store.hash(a, SIZE, Some(Epoch(5)), false).await.expect("stale"), of_working);
+    assert_ne!(store.hash(a, SIZE, Some(Epoch(3)), DigestOf::All).await.expect("stale"), of_working);
+    assert_eq!(store.hash(a, SIZE, Some(Epoch(5)), DigestOf::All).await.expect("stale"), of_working);
     assert_eq!(store.purge_stale(Epoch(5)).await.expect("purge"), 2);
     assert_eq!(store.list(), [strip.oid]);
     store.sync_dirs().await.expect("sync");
@@ -453,4 +455,23 @@ async fn no_handle_of_a_linked_file_outlives_its_working_name() {
     assert!(!store.exists(r) && store.working().is_empty());
     assert!(matches!(store.write(r, SIZE, 0, filled(4096, 9)).await, Err(StoreError::NoObject)));
     assert_eq!(store.read_stale(r, Epoch(2), 0, 1).await.expect("stale")[..], [1]);
+}
+
+#[tokio::test]
+async fn a_digest_of_blocks_tells_contents_apart_and_not_holes_from_zeros() {
+    let dir = Dir::new();
+    let (store, size) = (dir.open(), 12 << 20);
+    // Of inodes only what is not zero is stored.
+    let inode = |vid: u32| Replica::whole(Oid::inode(VdiId::new(vid)));
+    let digest = |replica| store.hash(replica, size, None, DigestOf::Blocks);
+    for vid in 1..=4 {
+        store.create(inode(vid), size, 4096, Bytes::from(vec![1; 512])).await.expect("create");
+    }
+    store.write(inode(2), size, 8 << 20, Bytes::from(vec![0; 8192])).await.expect("zeros");
+    store.write(inode(3), size, 8 << 20, Bytes::from(vec![2; 512])).await.expect("write");
+    store.write(inode(4), size, (8 << 20) + 4096, Bytes::from(vec![2; 512])).await.expect("write");
+    let first = digest(inode(1)).await.expect("digest");
+    assert_eq!(digest(inode(2)).await.expect("digest"), first);
+    let (third, fourth) = (digest(inode(3)).await.expect("digest"), digest(inode(4)).await.expect("digest"));
+    assert!(third != first && fourth != first && third != fourth);
 }

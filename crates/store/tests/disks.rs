@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use sheepdog_buffer::PageBuf;
 use sheepdog_proto::{Epoch, Oid, ResultCode, VdiId};
-use sheepdog_store::{Layout, PlugError, Replica, Store, StoreError, StoreOptions, Unplugged};
+use sheepdog_store::{DigestOf, Layout, PlugError, Replica, Store, StoreError, StoreOptions, Unplugged};
 
 const SIZE: u64 = 64 << 10;
 
@@ -367,7 +367,7 @@ async fn a_disk_whose_directory_became_something_else_has_failed() {
     let mut failed = 0;
     for i in 0..40 {
         failed += u32::from(matches!(
-            store.hash(object(i), SIZE, None, false).await,
+            store.hash(object(i), SIZE, None, DigestOf::All).await,
             Err(StoreError::DiskFailed { .. })
         ));
     }

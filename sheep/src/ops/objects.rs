@@ -9,7 +9,7 @@ use sheepdog_client::Reply;
 use sheepdog_proto::header::{HashResponse, ObjRequest};
 use sheepdog_proto::inode::table_offset;
 use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, Wire};
-use sheepdog_store::{StoreError, SyncMode};
+use sheepdog_store::{DigestOf, StoreError, SyncMode};
 
 use super::{list, result};
 use crate::gateway::map;
@@ -72,20 +72,32 @@ pub fn get_obj_list<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> Bo
 /// their way to the object.
 pub fn get_hash<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
-        match hash_of(sheep, &request).await {
-            Ok(digest) => {
-                let mut reply = result(&request, ResultCode::SUCCESS);
-                reply.response = reply.response.with_hash(HashResponse { digest });
-                reply
-            }
-            Err(ResultCode::NO_OBJ) => {
-                let mut reply = result(&request, ResultCode::NO_OBJ);
-                reply.response = sheep.tombstones.mark(request.obj().oid, reply.response);
-                reply
-            }
-            Err(code) => result(&request, code),
-        }
+        let body = request.obj();
+        let digest = hash_of(sheep, &request, body.oid, body.tgt_epoch, false).await;
+        digest_reply(sheep, &request, body.oid, digest)
     })
+}
+
+/// ORDER_PEER, DIGEST: as GET_HASH, at the cost of what is not zero.
+pub async fn digest(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    let body = request.order();
+    let digest = hash_of(sheep, request, body.oid, Epoch(body.serial), true).await;
+    digest_reply(sheep, request, body.oid, digest)
+}
+
+fn digest_reply(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+    digest: Result<[u8; 20], ResultCode>,
+) -> Reply {
+    let mut reply = result(request, digest.as_ref().err().copied().unwrap_or(ResultCode::SUCCESS));
+    reply.response = match digest {
+        Ok(digest) => reply.response.with_hash(HashResponse { digest }),
+        Err(ResultCode::NO_OBJ) => sheep.tombstones.mark(oid, reply.response),
+        Err(_) => reply.response,
+    };
+    reply
 }
 
 /// The view once this node has reached `epoch`.
@@ -94,27 +106,36 @@ async fn at_epoch(sheep: &Arc<Sheep>, epoch: Epoch) -> Result<Arc<View>, ResultC
     tokio::time::timeout(EPOCH_WAIT, wait).await.map_err(|_| ResultCode::NETWORK_ERROR)
 }
 
-async fn hash_of(sheep: &Arc<Sheep>, request: &Request) -> Result<[u8; 20], ResultCode> {
+async fn hash_of(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+    tgt_epoch: Epoch,
+    blocks: bool,
+) -> Result<[u8; 20], ResultCode> {
     let view = at_epoch(sheep, request.epoch).await?;
-    let body = request.obj();
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-    let redundancy = sheep.redundancy(body.oid.vid(), &view);
-    if is_coded(body.oid, &redundancy) {
+    let redundancy = sheep.redundancy(oid.vid(), &view);
+    if is_coded(oid, &redundancy) {
         return Err(ResultCode::NO_OBJ);
     }
-    let size = body.oid.size(redundancy.block_size_shift);
-    let replica = Sheep::replica(body.oid);
-    let cache = redundancy.snapshot && body.oid.is_data();
+    let size = oid.size(redundancy.block_size_shift);
+    let replica = Sheep::replica(oid);
+    let of = match redundancy.snapshot && oid.is_data() {
+        _ if blocks => DigestOf::Blocks,
+        true => DigestOf::Frozen,
+        false => DigestOf::All,
+    };
     // When recovery asks, an unreadable file is not the same as none, and "none" must be true for that epoch. For a check
     // (`dog` names no epoch) it is: a replica to be replaced.
     let fault = |e: StoreError| match request.epoch {
         Epoch(0) => crate::faults::peer_result(sheep, &e),
         _ => crate::faults::recovery_result(sheep, &e),
     };
-    match store.hash(replica, size, None, cache).await {
-        Err(StoreError::NoObject) if body.tgt_epoch != Epoch(0) => {
-            match store.hash(replica, size, Some(body.tgt_epoch), cache).await {
-                Err(StoreError::NoObject) if !sheep.history.covers(body.tgt_epoch) => Err(ResultCode::AGAIN),
+    match store.hash(replica, size, None, of).await {
+        Err(StoreError::NoObject) if tgt_epoch != Epoch(0) => {
+            match store.hash(replica, size, Some(tgt_epoch), of).await {
+                Err(StoreError::NoObject) if !sheep.history.covers(tgt_epoch) => Err(ResultCode::AGAIN),
                 other => other.map_err(fault),
             }
         }

@@ -10,7 +10,7 @@ use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, Response, ResultCode
 
 use sheepdog_store::Replica;
 
-use super::{list, result};
+use super::{list, objects, result};
 use crate::gateway::grants::Verdict;
 use crate::gateway::object::is_coded;
 use crate::gateway::{hold, sequencer};
@@ -29,6 +29,7 @@ pub fn is_settling(request: &Request) -> bool {
         order::DECIDE,
         order::READ_STRIP,
         order::WRITE_STRIP,
+        order::DIGEST,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -47,6 +48,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::DONE => done(sheep, &request, &payload),
             order::RECALL => return recall(sheep, &request, &payload),
             order::DECIDE => decide(sheep, &request, &payload).await,
+            order::DIGEST => return objects::digest(sheep, &request).await,
             order::READ_STRIP => return read_strip(sheep, &request).await,
             order::WRITE_STRIP => write_strip(sheep, &request, payload).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,

@@ -14,9 +14,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_placement::{Ring, Weights};
-use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Response, ResultCode};
-use sheepdog_store::{Replica, StoreError};
+use sheepdog_store::{DigestOf, Replica, StoreError};
 
 use super::Active;
 use super::tombstones::marked;
@@ -77,7 +77,9 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
         };
     }
     let removed = sheep.tombstones.epoch_of(oid);
-    let candidate = LocalCandidate::find(sheep, oid).await;
+    let candidate =
+        LocalCandidate::find(sheep, oid, if oid.is_sparse() { DigestOf::Blocks } else { DigestOf::All })
+            .await;
     let mut hunt = Hunt { sheep, active, oid, copies: redundancy.copies, candidate, removed };
     let mut epoch = active.round.tgt_epoch;
     let mut nodes = Some(active.round.old.clone());
@@ -162,17 +164,18 @@ async fn anybody_has(sheep: &Arc<Sheep>, active: &Active, names: &[Replica]) -> 
     Ok(false)
 }
 
-/// A stale copy on this node that may equal the current version.
-struct LocalCandidate(Option<(Epoch, [u8; 20])>);
+/// A stale copy on this node that may equal the current version: its epoch and its digest.
+struct LocalCandidate(Option<(Epoch, DigestOf, [u8; 20])>);
 
 impl LocalCandidate {
-    async fn find(sheep: &Sheep, oid: Oid) -> LocalCandidate {
+    /// Digest of blocks for what is mostly holes, as inodes are.
+    async fn find(sheep: &Sheep, oid: Oid, of: DigestOf) -> LocalCandidate {
         let Some(store) = &sheep.store else { return LocalCandidate(None) };
         let replica = Sheep::replica(oid);
         let Some(epoch) = store.stale_epochs(replica).into_iter().max() else { return LocalCandidate(None) };
         let size = sheep.size_of(oid, &sheep.views.load());
-        let hash = store.hash(replica, size, Some(epoch), false).await;
-        LocalCandidate(hash.ok().map(|h| (epoch, h)))
+        let hash = store.hash(replica, size, Some(epoch), of).await;
+        LocalCandidate(hash.ok().map(|h| (epoch, of, h)))
     }
 }
 
@@ -259,8 +262,16 @@ impl Hunt<'_> {
             let empty = linked == Err(ResultCode::NO_OBJ) && !self.sheep.history.covers(epoch);
             return if empty { Err(ResultCode::AGAIN) } else { linked };
         }
-        if let Some((stale, hash)) = self.candidate.0 {
-            if self.remote_hash(epoch, home).await? == hash {
+        if let Some((stale, of, hash)) = self.candidate.0 {
+            let theirs = match self.remote_hash(epoch, home, of).await {
+                // A node of the original.
+                Err(ResultCode::INVALID_PARMS) if of == DigestOf::Blocks => {
+                    self.candidate = LocalCandidate::find(self.sheep, self.oid, DigestOf::All).await;
+                    return Box::pin(self.try_home(epoch, home)).await;
+                }
+                theirs => theirs?,
+            };
+            if theirs == hash {
                 return self.link(stale).await;
             }
             self.candidate.0 = None;
@@ -279,8 +290,20 @@ impl Hunt<'_> {
         response.result.ok()
     }
 
-    async fn remote_hash(&mut self, epoch: Epoch, home: NodeId) -> Result<[u8; 20], ResultCode> {
-        let request = self.request(Opcode::GET_HASH, epoch);
+    async fn remote_hash(
+        &mut self,
+        epoch: Epoch,
+        home: NodeId,
+        of: DigestOf,
+    ) -> Result<[u8; 20], ResultCode> {
+        let body =
+            OrderRequest { oid: self.oid, what: order::DIGEST, serial: epoch.0, ..OrderRequest::zeroed() };
+        let request = match of {
+            DigestOf::Blocks => {
+                Request::new(Opcode::ORDER_PEER).epoch(self.active.round.epoch).with_order(body)
+            }
+            _ => self.request(Opcode::GET_HASH, epoch),
+        };
         let reply = self.sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
         let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
         self.judge(&reply.response).map(|()| reply.response.hash().digest)

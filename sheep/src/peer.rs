@@ -214,6 +214,9 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     }
     let recovering = request.flags.contains(Flags::RECOVERY);
     let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
+    if recovering && replica.strip.is_some() && store.is_cut_off(replica, body.tgt_epoch, size) {
+        return Err(ResultCode::AGAIN); // others have what it lacks
+    }
     match store.read(replica, body.offset.into(), len).await {
         Err(StoreError::NoObject) => {}
         other => return other.map_err(|e| fault(sheep, &e)),

@@ -531,6 +531,9 @@ pub async fn strip_as_it_is(
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (_, size) = sheep.named_replica(replica.oid, replica.strip.unwrap_or(0), &sheep.views.load());
     crate::peer::check_range(offset, len as u64, size)?;
+    if store.is_cut_off(replica, Epoch(0), size) {
+        return Err(ResultCode::NO_OBJ); // recovery computes it
+    }
     store.read(replica, offset, len).await.map_err(|e| fault(sheep, &e))
 }
 

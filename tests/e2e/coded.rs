@@ -130,3 +130,39 @@ fn a_missing_strip_is_decoded_and_rebuilt() {
     }
     check(&mut cluster);
 }
+
+/// Strips that a file system cut off are computed from the others, those of a node that was away and those of one that was
+/// not.
+#[test]
+fn cut_off_strips_are_computed_from_the_others() {
+    for whole in [false, true] {
+        let mut cluster = Builder::new(3).erasure(2, 1).start();
+        let vid = cluster.client().create_vdi("coded", u64::from(BLOCKS) << 22).expect("create");
+        write(&mut cluster, vid, 1);
+        if whole {
+            cluster.kill9_all();
+        } else {
+            cluster.kill9(1);
+            cluster.wait_gathered();
+        }
+        for block in 0..BLOCKS {
+            let name = Oid::data(vid, block).to_string();
+            let dirs = cluster.nodes[1].object_dirs();
+            let mut strips = dirs.iter().flat_map(|d| (0..3).map(|i| d.join(format!("{name}_{i}"))));
+            let strip = strips.find(|path| path.is_file()).expect("a strip");
+            fs::File::options().write(true).open(strip).expect("open").set_len(4096).expect("cut off");
+        }
+        for node in 0..3 {
+            if cluster.nodes[node].pid().is_none() {
+                cluster.spawn(node);
+            }
+        }
+        cluster.wait_members(3);
+        cluster.wait_recovered();
+        cluster.assert_strips_agree(2, 1);
+        assert_version(&mut cluster, vid, 1);
+        cluster.kill9(0);
+        cluster.wait_running();
+        assert_version(&mut cluster, vid, 1);
+    }
+}

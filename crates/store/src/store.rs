@@ -20,7 +20,7 @@ use crate::failure::DiskFailure;
 use crate::fdcache::FdCache;
 use crate::index::{DiskId, Index};
 use crate::layout::Layout;
-use crate::name::Replica;
+use crate::name::{Replica, StaleName};
 use crate::queue::{Create, Done, Exec, Job, Task, Write};
 use crate::removed::Memory;
 use crate::sched::{Claim, Sched};
@@ -452,6 +452,17 @@ impl Store {
     pub fn file_len(&self, replica: Replica) -> Option<u64> {
         let disk = self.inner.locate(replica).ok()?;
         disk.file(replica).metadata().ok().filter(|m| m.is_file()).map(|m| m.len())
+    }
+
+    /// Whether the working file, or if there is none the stale file for `epoch` ([`Store::stale_at`]), is shorter than `size`
+    /// bytes. Data objects are created at their full length: such a file was cut off.
+    pub fn is_cut_off(&self, replica: Replica, epoch: Epoch, size: u64) -> bool {
+        let len = self.file_len(replica).or_else(|| {
+            let name = StaleName { replica, epoch: self.stale_at(replica, epoch)? };
+            let disk = self.inner.disks().by_id(self.inner.index.find_stale(name)?).cloned()?;
+            disk.stale_file(name).metadata().ok().filter(|m| m.is_file()).map(|m| m.len())
+        });
+        len.is_some_and(|len| len < size)
     }
 
     /// Whether the working file exists.

@@ -62,13 +62,14 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let Some((replica, size)) = sheep.my_replica(oid, &view) else { return Recovered::Nowhere };
     let redundancy = sheep.redundancy(oid.vid(), &view);
     if store.exists(replica) {
-        let damaged = oid.is_data()
-            && !is_coded(oid, &redundancy)
-            && store.file_len(replica).is_some_and(|len| len < size);
-        if damaged {
-            mend(sheep, &view, oid, redundancy.copies).await;
+        match store.is_cut_off(replica, view.epoch, size) && oid.is_data() {
+            false => return Recovered::Here,
+            true if is_coded(oid, &redundancy) => tracing::warn!("{replica} is cut off"),
+            true => {
+                mend(sheep, &view, oid, redundancy.copies).await;
+                return Recovered::Here;
+            }
         }
-        return Recovered::Here;
     }
     if is_coded(oid, &redundancy) {
         return match code_of(redundancy.policy) {

@@ -64,8 +64,13 @@ pub async fn recover(
         Err(outcome) => return outcome,
     };
     let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return Recovered::Replaced };
-    match store.create_if_absent(replica, len, 0, strip).await {
-        Ok(_) => Recovered::Here,
+    let made = match store.exists(replica) {
+        // Cut off; nobody writes to it before it is recovered.
+        true => store.create(replica, len, 0, strip).await,
+        false => store.create_if_absent(replica, len, 0, strip).await.map(drop),
+    };
+    match made {
+        Ok(()) => Recovered::Here,
         Err(error) => Recovered::Later(error.to_string()),
     }
 }
@@ -170,6 +175,9 @@ impl Search<'_> {
     async fn own(&self, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
         let replica = Replica { oid: self.oid, strip: Some(index as u8) };
         let len = self.len as usize;
+        if self.store.is_cut_off(replica, epoch, self.len) {
+            return Err(ResultCode::AGAIN);
+        }
         let read = match self.store.read(replica, 0, len).await {
             Err(StoreError::NoObject) => self.store.read_stale(replica, epoch, 0, len).await,
             other => other,

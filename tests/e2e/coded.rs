@@ -1,6 +1,8 @@
 //! Erasure-coded objects across losses: strips of different states never meet (spec 06, T4, T5; W-01, W-19).
 
 use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use sheepdog_proto::{Oid, ResultCode, VdiId};
 use sheepdog_testkit::{Builder, Cluster, Vdi};
@@ -165,4 +167,38 @@ fn cut_off_strips_are_computed_from_the_others() {
         cluster.wait_running();
         assert_version(&mut cluster, vid, 1);
     }
+}
+
+/// `-W`: strips are found although placement sends them elsewhere.
+#[test]
+fn wild_card_recovery_finds_strips_on_any_node() {
+    let mut cluster = Builder::new(4).erasure(2, 1).start();
+    let vid = cluster.client().create_vdi("coded", u64::from(BLOCKS) << 22).expect("create");
+    write(&mut cluster, vid, 1);
+    cluster.dog(&["cluster", "shutdown"]).ok();
+    for node in &mut cluster.nodes {
+        node.wait_exit(Duration::from_secs(30));
+    }
+    // As if the rule had changed: every strip goes to the next node.
+    let strips = |cluster: &Cluster, node: usize| -> Vec<PathBuf> {
+        let dirs = cluster.nodes[node].object_dirs();
+        let entries = dirs.iter().flat_map(|d| fs::read_dir(d).expect("objects"));
+        let paths = entries.map(|e| e.expect("entry").path()).filter(|p| p.is_file());
+        paths.filter(|p| p.file_name().is_some_and(|n| n.len() > 17)).collect()
+    };
+    let all: Vec<Vec<PathBuf>> = (0..4).map(|node| strips(&cluster, node)).collect();
+    assert_eq!(all.iter().map(Vec::len).sum::<usize>(), BLOCKS as usize * 3);
+    for (node, paths) in all.into_iter().enumerate() {
+        for path in paths {
+            let to = cluster.nodes[(node + 1) % 4].object_dirs()[0].join(path.file_name().expect("a name"));
+            fs::rename(path, to).expect("rename");
+        }
+    }
+    for node in 0..4 {
+        cluster.nodes[node].args_mut().push("-W".into());
+        cluster.start(node);
+    }
+    cluster.wait_recovered();
+    cluster.assert_strips_agree(2, 1);
+    assert_version(&mut cluster, vid, 1);
 }

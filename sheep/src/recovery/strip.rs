@@ -3,7 +3,7 @@
 //! Epochs are searched newest first. In each one every index is asked of the node that had it; the wanted strip itself,
 //! or `d` others to compute it from, end the search. Strips of an older epoch join those of a newer one only if the
 //! newer epoch cannot have acknowledged a write of the object: one of its homes, whose store was there, did not have its
-//! strip. So strips of different states never meet.
+//! strip. So strips of different states never meet. With `-W` the other nodes are asked, too, after the homes.
 
 use std::sync::Arc;
 
@@ -119,15 +119,24 @@ impl Search<'_> {
         let (mut unknown, mut proven) = (None, false);
         let wanted = self.wanted;
         let order = std::iter::once(wanted).chain((0..self.code.strips()).filter(|i| *i != wanted));
-        for index in order {
-            let Some(home) = homes.get(index) else { continue };
+        let mut places: Vec<(usize, NodeId)> =
+            order.clone().filter_map(|index| Some((index, *homes.get(index)?))).collect();
+        let nr_homes = places.len();
+        if self.active.round.wildcard {
+            let storing: Vec<NodeId> =
+                ring.nodes().iter().filter(|n| n.nr_vnodes > 0).map(|n| n.nid).collect();
+            let all = order.flat_map(|index| storing.iter().map(move |node| (index, *node)));
+            places.extend(all.filter(|(index, node)| homes.get(*index) != Some(node)));
+        }
+        for (nth, (index, node)) in places.into_iter().enumerate() {
             if self.found.iter().any(|(i, _)| *i == index) {
                 continue;
             }
-            match self.ask(*home, index, epoch).await {
+            match self.ask(node, index, epoch).await {
                 Answer::Strip(strip) if index == self.wanted => return Ok(Some(strip)),
                 Answer::Strip(strip) => self.found.push((index, strip)),
-                Answer::Absent => proven = true,
+                // Only a home proves something.
+                Answer::Absent => proven |= nth < nr_homes,
                 Answer::Unknown(reason) => unknown = Some(reason),
                 Answer::Replaced => return Err(Recovered::Replaced),
             }

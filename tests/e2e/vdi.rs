@@ -1,5 +1,7 @@
 //! VDIs over the protocol: create, look up, write, snapshot, clone, delete, attributes (spec 01, 7 and 05).
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 use sheepdog_proto::attr::{ATTR_LEN, AttrHeader};
 use sheepdog_proto::header::{ObjRequest, VdiRequest};
@@ -293,13 +295,12 @@ fn discarding_goes_through_the_reference_count_and_not_into_snapshots() {
     assert_eq!(vdi.read(&mut client, 0, 4096).expect("the snapshot's data"), [1; 4096]);
 }
 
+fn attribute_header(name: &str, key: &str) -> AttrHeader {
+    AttrHeader { name: fixed_str(name.as_bytes()), key: fixed_str(key.as_bytes()), ..AttrHeader::zeroed() }
+}
+
 fn attribute(name: &str, key: &str, value: &[u8]) -> Vec<u8> {
-    let head = AttrHeader {
-        name: fixed_str(name.as_bytes()),
-        key: fixed_str(key.as_bytes()),
-        value_len: value.len() as u32,
-        ..AttrHeader::zeroed()
-    };
+    let head = AttrHeader { value_len: value.len() as u32, ..attribute_header(name, key) };
     let mut bytes = head.encode();
     bytes.extend(value);
     bytes.resize(ATTR_LEN, 0);
@@ -329,6 +330,39 @@ fn attributes_are_created_read_replaced_and_deleted() {
     assert_eq!(call(&mut client, Flags::ATTR_DEL, "k", b"").0, ResultCode::NO_OBJ);
     let short = Request::new(Opcode::GET_VDI_ATTR).flag(Flags::WRITE).length(100);
     assert_eq!(client.must(short, &[0; 100]).0.result, ResultCode::INVALID_PARMS);
+}
+
+/// Two keys whose ids, 32-bit hashes, are the same.
+fn colliding_keys(name: &str) -> (String, String) {
+    let mut seen = HashMap::new();
+    for n in 0u32.. {
+        let key = format!("key-{n}");
+        let id = attribute_header(name, &key).id();
+        if let Some(other) = seen.insert(id, key.clone()) {
+            return (other, key);
+        }
+    }
+    unreachable!("there are more keys than ids")
+}
+
+#[test]
+fn attributes_whose_ids_collide_are_kept_apart() {
+    let mut cluster = Cluster::new(3);
+    cluster.client().create_vdi("test", 4 << 20).expect("create");
+    let (a, b) = colliding_keys("test");
+    let set = |key: &str, value: &str| cluster.dog_at(0, &["vdi", "setattr", "test", key, value], b"");
+    let get = |key: &str| cluster.dog_at(1, &["vdi", "getattr", "test", key], b"");
+    set(&a, "one").ok();
+    assert_ne!(get(&b).code, 0, "not the other one's value");
+    set(&b, "two").ok();
+    assert_eq!([get(&a).ok(), get(&b).ok()], ["one", "two"]);
+    let again = cluster.dog_at(2, &["vdi", "setattr", "-x", "test", &b, "three"], b"");
+    assert_ne!(again.code, 0, "it is there");
+    cluster.dog_at(2, &["vdi", "setattr", "-d", "test", &a], b"").ok();
+    assert_ne!(get(&a).code, 0);
+    assert_eq!(get(&b).ok(), "two", "found behind the deleted one");
+    set(&a, "four").ok();
+    assert_eq!([get(&a).ok(), get(&b).ok()], ["four", "two"]);
 }
 
 /// Many clients create at once: every name gets one vid, nobody gets another's.

@@ -64,8 +64,8 @@ pub async fn recover(
         Err(outcome) => return outcome,
     };
     let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return Recovered::Replaced };
-    let made = match store.exists(replica) {
-        // Cut off; nobody writes to it before it is recovered.
+    let made = match store.is_cut_off(replica, active.round.epoch, len) && store.exists(replica) {
+        // Nobody writes to it before it is recovered. One that is whole was made by a gateway meanwhile, and is newer.
         true => store.create(replica, len, 0, strip).await,
         false => store.create_if_absent(replica, len, 0, strip).await.map(drop),
     };

@@ -169,7 +169,9 @@ async fn serve(
     }
     server.serve_unix(unix, stopping.clone());
 
-    // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs.
+    // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs. Who sees it as
+    // a member may tell it to end.
+    let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
     let nbd_listeners = crate::nbd::bind(options).await?;
     let pidfile = match &options.pidfile {
         Some(path) => Some(
@@ -193,7 +195,6 @@ async fn serve(
         tracing::warn!("cannot change to {}: {error}", meta.path().display());
     }
     let nbd = nbd_listeners.map(|listeners| crate::nbd::serve(listeners, &sheep));
-    let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
     if let Some(readiness) = readiness.take() {
         readiness.ready();
     }

@@ -158,6 +158,33 @@ async fn carried_out(store: &Store, replica: Replica, writes: &[(u64, u32, Bytes
     out
 }
 
+/// Part of a strip as it was before the writes that are open here, for a node that computes another strip from it: such a
+/// write is open wherever it arrived as long as that node has no strip to write to. `None` = they come and go too fast.
+pub async fn before_open_writes(
+    intents: &Intents,
+    store: &Store,
+    replica: Replica,
+    offset: u64,
+    len: usize,
+) -> Result<Option<Bytes>, StoreError> {
+    for _ in 0..32 {
+        let before = intents.replaced_by_open(replica);
+        let bytes = store.read(replica, offset, len).await?;
+        let after = intents.replaced_by_open(replica);
+        // What was done meanwhile may have been carried out after the read.
+        if before.iter().any(|(id, epoch, ..)| !after.iter().any(|(i, e, ..)| (i, e) == (id, epoch))) {
+            continue;
+        }
+        if after.is_empty() {
+            return Ok(Some(bytes));
+        }
+        let mut bytes = bytes.to_vec();
+        after.iter().for_each(|(_, _, at, old)| lay_over(&mut bytes, offset, old, *at));
+        return Ok(Some(bytes.into()));
+    }
+    Ok(None)
+}
+
 /// Lays `part`, which is at `at`, over `bytes`, which are at `offset`, where they overlap.
 fn lay_over(bytes: &mut [u8], offset: u64, part: &[u8], at: u64) {
     let (start, end) = (offset.max(at), (offset + bytes.len() as u64).min(at + part.len() as u64));
@@ -692,6 +719,14 @@ impl Intents {
             }
         }
         out
+    }
+
+    /// What the open writes of this strip replaced, the newest first, and which they are.
+    pub fn replaced_by_open(&self, replica: Replica) -> Vec<(WriteId, Epoch, u64, Bytes)> {
+        let undo = self.undo.lock();
+        let all = undo.get(&replica.oid).into_iter().flatten().rev();
+        let open = all.filter(|u| u.fate == Fate::Applied && Some(u.strip) == replica.strip);
+        open.map(|u| (u.id, u.epoch, u.offset, u.old.clone())).collect()
     }
 
     /// What became of a write of `epoch` here.

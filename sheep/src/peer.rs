@@ -15,7 +15,7 @@ use sheepdog_store::StoreError;
 
 use crate::gate::Pass;
 use crate::gateway::object::is_coded;
-use crate::intents::{WriteId, regions_of};
+use crate::intents::{WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
 use crate::sheep::Sheep;
 use crate::vdi::reclaim;
@@ -217,7 +217,15 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     if recovering && replica.strip.is_some() && store.is_cut_off(replica, body.tgt_epoch, size) {
         return Err(ResultCode::AGAIN); // others have what it lacks
     }
-    match store.read(replica, body.offset.into(), len).await {
+    let found = match recovering && replica.strip.is_some() {
+        true => match before_open_writes(&sheep.intents, store, replica, body.offset.into(), len).await {
+            Ok(None) => return Err(ResultCode::AGAIN),
+            Ok(Some(bytes)) => Ok(bytes),
+            Err(error) => Err(error),
+        },
+        false => store.read(replica, body.offset.into(), len).await,
+    };
+    match found {
         Err(StoreError::NoObject) => {}
         other => return other.map_err(|e| fault(sheep, &e)),
     }

@@ -165,6 +165,7 @@ impl Torture {
                 self.plug_another(node, before);
             }
             Fault::SwapDisk => {
+                self.cluster.wait_running();
                 let node = self.victim();
                 let disk = self.cluster.nodes[node].disks[1].clone();
                 let number = self.disks;

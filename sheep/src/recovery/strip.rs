@@ -3,7 +3,8 @@
 //! Epochs are searched newest first. In each one every index is asked of the node that had it; the wanted strip itself,
 //! or `d` others to compute it from, end the search. Strips of an older epoch join those of a newer one only if the
 //! newer epoch cannot have acknowledged a write of the object: one of its homes, whose store was there, did not have its
-//! strip. So strips of different states never meet. With `-W` the other nodes are asked, too, after the homes.
+//! strip. Writes that are in progress meanwhile are left out of what is read: they come to the new strip, too, before they
+//! are done, and if they fail, all strips are without them. So strips of different states never meet. With `-W` the other nodes are asked, too, after the homes.
 
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ use sheepdog_store::{Replica, Store, StoreError};
 use super::Active;
 use super::object::{COPY_DEADLINE, Recovered, removal, unknown};
 use crate::cluster::ops::epoch_log;
+use crate::intents::before_open_writes;
 use crate::sheep::Sheep;
 
 /// What a node said about a strip.
@@ -54,6 +56,10 @@ pub async fn recover(
 ) -> Recovered {
     if sheep.intents.is_unsettled(replica.oid) {
         return Recovered::Later("writes of it are being settled".into());
+    }
+    // In an epoch that goes on: what is on all strips but not known to be must not be taken for undone.
+    if active.round.tgt_epoch == active.round.epoch && !sheep.intents.open_writes(replica.oid).is_empty() {
+        return Recovered::Later("writes of it are not known to be done".into());
     }
     let wanted = usize::from(replica.strip.unwrap_or(0));
     let (oid, found) = (replica.oid, Vec::new());
@@ -187,9 +193,10 @@ impl Search<'_> {
         if self.store.is_cut_off(replica, epoch, self.len) {
             return Err(ResultCode::AGAIN);
         }
-        let read = match self.store.read(replica, 0, len).await {
+        let read = match before_open_writes(&self.sheep.intents, self.store, replica, 0, len).await {
+            Ok(strip) => Ok(strip.ok_or(ResultCode::AGAIN)?),
             Err(StoreError::NoObject) => self.store.read_stale(replica, epoch, 0, len).await,
-            other => other,
+            Err(error) => Err(error),
         };
         match read {
             Err(StoreError::NoObject) if !self.sheep.history.covers(epoch) => Err(ResultCode::AGAIN),

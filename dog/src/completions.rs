@@ -79,6 +79,7 @@ fn command_help(command: &'static Command) -> &'static str {
         (None, "node") => "single nodes",
         (None, "cluster") => "the cluster as a whole",
         (None, "completions") => "completion scripts for shells",
+        (None, "vm") => "images and where they are in use",
         (None, "nbd") => "images as network block devices",
         (None, _) => "other commands",
     }

@@ -33,6 +33,7 @@ mod terminal;
 mod top;
 mod upgrade;
 mod vdi;
+mod vm;
 mod walk;
 
 /// An internal failure ends the process as an abort of the original does, whatever thread it happens on.

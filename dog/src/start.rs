@@ -82,7 +82,9 @@ fn find_command(
         commands::print_overview();
         return Err(0);
     };
-    let Some(command) = commands::find(&name) else {
+    let next = words.as_slice().first();
+    let known = |command: &&Command| !command.historic || next.is_some_and(|w| command.find(w).is_some());
+    let Some(command) = commands::find(&name).filter(known) else {
         out::log(format_args!("Invalid command '{}'", text(&to_bytes(&name))));
         out::log(TRY_HELP);
         return Err(64);

@@ -20,6 +20,7 @@ const TRY_HELP: &str = "Try 'dog --help' for more information.";
 pub fn run(words: Vec<String>) -> i32 {
     let begin = Instant::now();
     crate::invocation_log::record(&words);
+    crate::crash::tell();
     let mut words = words.into_iter();
     let program = words.next().unwrap_or_else(|| "dog".into());
     let mut words = json_after_command(words.collect()).into_iter();

@@ -3,9 +3,13 @@
 
 mod common;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use common::{Run, Scenario, load};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 fn run_dog(args: &[String], env: &[(String, String)], stdin: &[u8]) -> Run {
     common::run(Path::new(env!("CARGO_BIN_EXE_dog")), args, env, stdin)
@@ -45,6 +49,32 @@ fn invocations_are_logged_where_the_environment_says() {
     let log = std::fs::read_to_string(&path).unwrap();
     assert!(log.ends_with(" :  dog vdi help\n"), "{log:?}");
     assert_eq!(log.len(), "2024 Jan 02 10:00:01 :  dog vdi help\n".len());
+}
+
+/// The daemon takes the connection and says nothing, so the command waits until the signal comes.
+#[test]
+fn a_signal_that_ends_dog_is_told() {
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = silent.local_addr().unwrap().port().to_string();
+    for (signal, text) in
+        [(Signal::SIGQUIT, "Quit"), (Signal::SIGABRT, "Aborted"), (Signal::SIGBUS, "Bus error")]
+    {
+        let dog = Command::new(env!("CARGO_BIN_EXE_dog"))
+            .args(["node", "list", "-p", &port])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let connection = silent.accept().unwrap();
+        nix::sys::signal::kill(Pid::from_raw(dog.id() as i32), signal).unwrap();
+        let output = dog.wait_with_output().unwrap();
+        drop(connection);
+        let expected = format!("dog exits unexpectedly ({text}).\n");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), expected);
+        match signal {
+            Signal::SIGABRT => assert_eq!(output.status.code(), Some(2)),
+            _ => assert_eq!(output.status.signal(), Some(signal as i32)),
+        }
+    }
 }
 
 #[test]

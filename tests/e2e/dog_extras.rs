@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::{ClusterFlags, Opcode};
-use sheepdog_testkit::{Builder, Cluster, binaries};
+use sheepdog_testkit::{Builder, Cluster, binaries, wait};
 
 const BLOCK: usize = 4 << 20;
 
@@ -219,6 +219,30 @@ fn health_is_told_by_the_exit_status() {
     cluster.sigcont(0);
     let line = format!("critical: no sheep answers at 127.0.0.1:{}\n", cluster.nodes[0].port);
     assert_eq!((health.code, health.stdout), (2, line));
+}
+
+#[test]
+fn health_tells_how_far_recovery_is() {
+    let mut cluster = Builder::new(3).copies(2).start();
+    cluster.dog(&["vdi", "create", "disk", "160M"]).ok();
+    cluster.dog_in(&["vdi", "write", "disk"], &vec![7; 160 << 20]).ok();
+    let throttle = |cluster: &Cluster, max: &str, interval: &str| {
+        for node in [0, 1] {
+            cluster.dog_at(node, &["node", "recovery", "set-throttle", max, interval], &[]).ok();
+        }
+    };
+    throttle(&cluster, "1", "60000");
+    cluster.kill9(2);
+    wait("a node that says how many objects are left", || {
+        let health = cluster.dog(&["cluster", "health"]);
+        assert_ne!(health.code, 2, "everything has a copy: {}", health.stdout);
+        let told = |line: &str| {
+            line.starts_with("degraded: node ") && line.contains(" recovers: ") && line.ends_with(" objects")
+        };
+        health.code == 1 && health.stdout.lines().any(told)
+    });
+    throttle(&cluster, "0", "0");
+    wait("a healthy cluster", || cluster.dog(&["cluster", "health"]).code == 0);
 }
 
 #[test]

@@ -231,7 +231,7 @@ fn health_tells_how_far_recovery_is() {
             cluster.dog_at(node, &["node", "recovery", "set-throttle", max, interval], &[]).ok();
         }
     };
-    throttle(&cluster, "1", "60000");
+    throttle(&cluster, "1", "2000");
     cluster.kill9(2);
     wait("a node that says how many objects are left", || {
         let health = cluster.dog(&["cluster", "health"]);

@@ -30,6 +30,8 @@ pub struct Command {
     pub name: &'static str,
     /// Not in the overview: our additions, which the original's overview does not have.
     pub hidden: bool,
+    /// Known by its second words alone, so that the rest gets the original's complaint: it was dropped there.
+    pub historic: bool,
     /// Options of the group; rows pick from them by letter.
     pub options: &'static [Opt],
     /// Takes the group's own options into account.

@@ -79,15 +79,25 @@ fn command_help(command: &'static Command) -> &'static str {
         (None, "node") => "single nodes",
         (None, "cluster") => "the cluster as a whole",
         (None, "completions") => "completion scripts for shells",
+        (None, "vm") => "images and where they are in use",
         (None, "nbd") => "images as network block devices",
         (None, _) => "other commands",
     }
 }
 
-/// The first line of a help text, fit for single quotes.
-fn brief(help: &str) -> String {
-    let line = help.lines().next().unwrap_or_default().trim_end_matches(',');
-    line.replace('\'', "").replace(['[', ']', ':'], " ")
+/// A help text on one line; those of usage texts are broken and indented for a terminal.
+fn one_line(help: &str) -> String {
+    help.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Between single quotes, as POSIX shells and zsh want it.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// Between single quotes, as fish wants it.
+fn fish_quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\\', r"\\").replace('\'', r"\'"))
 }
 
 fn print(text: &str) -> Outcome {
@@ -173,7 +183,7 @@ fn zsh_script(places: &[Place]) -> String {
     let mut described = String::from("_dog_describe() {\n    rows=()\n    case $1 in\n");
     for place in places.iter().filter(|place| !place.words.is_empty()) {
         let rows: Vec<String> =
-            place.words.iter().map(|(word, help)| format!("'{word}:{}'", brief(help))).collect();
+            place.words.iter().map(|(word, help)| quoted(&format!("{word}:{}", one_line(help)))).collect();
         let _ = writeln!(described, "    '{}') rows=({}) ;;", place.path, rows.join(" "));
     }
     described.push_str("    esac\n}\n");
@@ -228,17 +238,17 @@ fn fish_script(places: &[Place]) -> String {
         for (word, help) in &place.words {
             let _ = writeln!(
                 text,
-                "complete -c dog -f -n \"__dog_at '{}'\" -a {word} -d '{}'",
+                "complete -c dog -f -n \"__dog_at '{}'\" -a {word} -d {}",
                 place.path,
-                brief(help)
+                fish_quoted(&one_line(help))
             );
         }
         for (long, help) in &place.options {
             let _ = writeln!(
                 text,
-                "complete -c dog -n \"__dog_in '{}'\" -l {long} -d '{}'",
+                "complete -c dog -n \"__dog_in '{}'\" -l {long} -d {}",
                 place.path,
-                brief(help)
+                fish_quoted(&one_line(help))
             );
         }
     }
@@ -260,6 +270,15 @@ mod tests {
         assert!(at("vdi list").options.iter().any(|(long, _)| *long == "json"));
         assert!(at("vdi object map").takes_vdi && !at("vdi object").takes_vdi && !at("vdi create").takes_vdi);
         assert!(at("top").options.iter().any(|(long, _)| *long == "once"));
+    }
+
+    #[test]
+    fn descriptions_are_whole() {
+        let raw = "raw output mode: omit headers, separate fields with single spaces and print all sizes in decimal bytes";
+        assert!(fish_script(&places()).contains(&format!("-l raw -d '{raw}'")));
+        assert!(fish_script(&places()).contains(r"an inode object won\'t be reclaimed)'"));
+        assert_eq!(quoted("don't"), r"'don'\''t'");
+        assert_eq!(fish_quoted(r"a\b'c"), r"'a\\b\'c'");
     }
 
     #[test]

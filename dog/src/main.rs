@@ -14,6 +14,7 @@ mod cluster;
 mod commands;
 mod completions;
 mod context;
+mod crash;
 mod exit;
 mod inode;
 mod invocation_log;
@@ -33,21 +34,11 @@ mod terminal;
 mod top;
 mod upgrade;
 mod vdi;
+mod vm;
 mod walk;
 
-/// An internal failure ends the process as an abort of the original does, whatever thread it happens on.
-fn die_of_panics() {
-    std::panic::set_hook(Box::new(|info| {
-        out::log(format_args!("PANIC: {info}"));
-        out::log("dog exits unexpectedly (Aborted).");
-        std::process::exit(2);
-    }));
-}
-
 fn main() {
-    die_of_panics();
-    let words = std::env::args_os().map(args::to_text).collect();
-    let status = start::run(words);
+    let status = start::run(std::env::args_os().map(args::to_text).collect());
     out::flush();
     std::process::exit(status);
 }

@@ -20,6 +20,7 @@ const TRY_HELP: &str = "Try 'dog --help' for more information.";
 pub fn run(words: Vec<String>) -> i32 {
     let begin = Instant::now();
     crate::invocation_log::record(&words);
+    crate::crash::tell();
     let mut words = words.into_iter();
     let program = words.next().unwrap_or_else(|| "dog".into());
     let mut words = json_after_command(words.collect()).into_iter();
@@ -82,7 +83,9 @@ fn find_command(
         commands::print_overview();
         return Err(0);
     };
-    let Some(command) = commands::find(&name) else {
+    let next = words.as_slice().first();
+    let known = |command: &&Command| !command.historic || next.is_some_and(|w| command.find(w).is_some());
+    let Some(command) = commands::find(&name).filter(known) else {
         out::log(format_args!("Invalid command '{}'", text(&to_bytes(&name))));
         out::log(TRY_HELP);
         return Err(64);

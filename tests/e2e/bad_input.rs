@@ -11,7 +11,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use sheepdog_proto::header::{CoherenceRequest, ObjRequest, RefRequest, VdiRequest};
 use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::load::{Load, Region, Summary};
-use sheepdog_testkit::{Builder, Client, Cluster, wait};
+use sheepdog_testkit::{Builder, Client, Cluster, in_own_mounts, wait};
 
 /// What a daemon may grow by under abuse. One honest 4 MiB write in flight on each of a few connections is allowed;
 /// a payload announced and never sent is not.
@@ -26,7 +26,11 @@ struct Abused {
 
 impl Abused {
     fn start() -> Abused {
-        let mut cluster = Builder::new(3).start();
+        Abused::on(Builder::new(3))
+    }
+
+    fn on(builder: Builder) -> Abused {
+        let mut cluster = builder.start();
         let mut client = cluster.client();
         let vid = client.create_vdi("honest", 16 << 20).expect("create");
         let mut regions = Region::divide(&mut client, vid, 2).expect("regions");
@@ -199,7 +203,11 @@ const MEANT: [Opcode; 3] = [Opcode::MAKE_FS, Opcode::SHUTDOWN, Opcode::KILL_NODE
 
 #[test]
 fn every_opcode_with_nothing_and_with_nonsense_is_answered() {
-    let abused = Abused::start();
+    if in_own_mounts("bad_input::every_opcode_with_nothing_and_with_nonsense_is_answered") {
+        return;
+    }
+    // REWEIGHT is among them, and what others write to a shared disk would make it spend an epoch.
+    let abused = Abused::on(Builder::new(3).private_disk());
     let mut random = SmallRng::seed_from_u64(11);
     let mut client = abused.cluster.nodes[0].client();
     for code in 0..=255u8 {

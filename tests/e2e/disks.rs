@@ -8,7 +8,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use sheepdog_proto::admin::{MD_INFO_LEN, MdInfo, decode_md_info};
 use sheepdog_proto::{Flags, Opcode, Request, ResultCode, cstr};
-use sheepdog_testkit::disk::object_files;
+use sheepdog_testkit::disk::{self, object_files};
 use sheepdog_testkit::load::{Load, Region, Summary};
 use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 
@@ -174,10 +174,10 @@ fn lose_a_disk(lose: impl Fn(&Path)) -> Cluster {
 
 #[test]
 fn objects_of_a_deleted_disk_come_back_from_the_other_nodes() {
-    let mut cluster = lose_a_disk(|disk| fs::remove_dir_all(disk).expect("rm -rf"));
+    let mut cluster = lose_a_disk(disk::remove);
     // The same, with the one that is left.
     let last = cluster.nodes[1].disks[0].clone();
-    fs::remove_dir_all(&last).expect("rm -rf");
+    disk::remove(&last);
     let vid = cluster.nodes[0].client().create_vdi("after", 64 * BLOCK).expect("create");
     let mut vdi = Vdi::open(&mut cluster.nodes[0].client(), vid).expect("open");
     for block in 0..64 {
@@ -227,7 +227,7 @@ fn a_disk_that_vanishes_from_an_idle_node_is_noticed_and_replaced() {
     }
     let lost = cluster.nodes[0].disks.remove(1);
     assert!(!object_files(&lost).is_empty());
-    fs::remove_dir_all(&lost).expect("rm -rf");
+    disk::remove(&lost);
     wait("the loss to be noticed", || listed(&cluster, 0).len() == 1);
     cluster.wait_recovered();
     cluster.assert_replicas_equal(2);

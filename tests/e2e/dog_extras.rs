@@ -8,7 +8,9 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use sheepdog_testkit::{Builder, Cluster, binaries};
+use sheepdog_proto::header::VdiRequest;
+use sheepdog_proto::{ClusterFlags, Opcode};
+use sheepdog_testkit::{Builder, Cluster, binaries, wait};
 
 const BLOCK: usize = 4 << 20;
 
@@ -123,6 +125,56 @@ fn listings_as_json() {
     assert_eq!(shown["vdis"][0]["name"], "alpha");
 }
 
+/// What the first guides show; the rest of the group is as unknown as it is to the original.
+#[test]
+fn vm_list_tells_where_images_are_in_use() {
+    let flags = ClusterFlags::AUTO_VNODES.with(ClusterFlags::USE_LOCK);
+    let mut cluster = Builder::new(2).copies(2).flags(flags).start();
+    for (name, size) in [("Bob", "2G"), ("Alice", "256G")] {
+        cluster.dog(&["vdi", "create", name, size]).ok();
+    }
+    cluster.dog_in(&["vdi", "write", "Bob", "0", "5M"], &vec![7; 5 << 20]).ok();
+    cluster.dog(&["vdi", "snapshot", "Bob", "-s", "first"]).ok();
+    let locked = cluster.nodes[1].client().vdi_op(Opcode::LOCK_VDI, "Bob", Some(""), VdiRequest::zeroed());
+    assert!(locked.result.is_ok(), "{locked:?}");
+    let shown = cluster.dog(&["vm", "list"]).ok();
+    let heading = "Name            |Vdi size |Allocated| Shared  | Status\n\
+                   ----------------+---------+---------+---------+------------\n";
+    let rows: Vec<&str> = shown.strip_prefix(heading).expect("the heading").lines().collect();
+    let expected = [
+        "Bob             |   2.0 GB|   0.0 MB|   8.0 MB| running on 127.0.0.1",
+        "Alice           |   256 GB|   0.0 MB|   0.0 MB| not running",
+    ];
+    assert!(rows.len() == 2 && expected.iter().all(|row| rows.contains(row)), "{shown}");
+    let document = json_of(&mut cluster, &["vm", "list"]);
+    let bob = document["vms"].as_array().expect("rows").iter().find(|row| row["name"] == "Bob").expect("Bob");
+    let owner =
+        json!({ "address": format!("IPv4 ip:127.0.0.1 port:{}", cluster.nodes[1].port), "state": "locked" });
+    assert_eq!((&bob["shared"], &bob["owners"]), (&json!(8 << 20), &json!([owner])));
+}
+
+#[test]
+fn what_is_not_there_is_refused_clearly() {
+    let mut cluster = Cluster::new(1);
+    for (args, first) in [
+        (&["vm"][..], "Invalid command 'vm'"),
+        (&["vm", "start"], "Invalid command 'vm'"),
+        (&["trace", "enable", "io"], "Invalid command 'trace'"),
+        (&["trace", "status"], "Invalid command 'trace'"),
+        (&["vdi", "cache", "flush", "a"], "Invalid command 'vdi cache'"),
+        (&["vdi", "flush", "a"], "Invalid command 'vdi flush'"),
+        (&["node", "cache", "5"], "Invalid command 'node cache'"),
+    ] {
+        let refused = cluster.dog(args);
+        assert_eq!((refused.code, refused.stderr.lines().next()), (64, Some(first)), "{args:?}");
+    }
+    for word in ["create", "delete"] {
+        let refused = cluster.dog(&["nfs", word, "share"]);
+        let text = "failed to create nfs share, Operation is not supported\n";
+        assert_eq!((refused.code, refused.stderr.as_str()), (2, text));
+    }
+}
+
 #[test]
 fn json_may_be_asked_for_before_and_after_the_command() {
     let mut cluster = Cluster::new(1);
@@ -167,6 +219,30 @@ fn health_is_told_by_the_exit_status() {
     cluster.sigcont(0);
     let line = format!("critical: no sheep answers at 127.0.0.1:{}\n", cluster.nodes[0].port);
     assert_eq!((health.code, health.stdout), (2, line));
+}
+
+#[test]
+fn health_tells_how_far_recovery_is() {
+    let mut cluster = Builder::new(3).copies(2).start();
+    cluster.dog(&["vdi", "create", "disk", "160M"]).ok();
+    cluster.dog_in(&["vdi", "write", "disk"], &vec![7; 160 << 20]).ok();
+    let throttle = |cluster: &Cluster, max: &str, interval: &str| {
+        for node in [0, 1] {
+            cluster.dog_at(node, &["node", "recovery", "set-throttle", max, interval], &[]).ok();
+        }
+    };
+    throttle(&cluster, "1", "2000");
+    cluster.kill9(2);
+    wait("a node that says how many objects are left", || {
+        let health = cluster.dog(&["cluster", "health"]);
+        assert_ne!(health.code, 2, "everything has a copy: {}", health.stdout);
+        let told = |line: &str| {
+            line.starts_with("degraded: node ") && line.contains(" recovers: ") && line.ends_with(" objects")
+        };
+        health.code == 1 && health.stdout.lines().any(told)
+    });
+    throttle(&cluster, "0", "0");
+    wait("a healthy cluster", || cluster.dog(&["cluster", "health"]).code == 0);
 }
 
 #[test]

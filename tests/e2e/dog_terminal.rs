@@ -58,6 +58,53 @@ fn top_shows_every_node_follows_the_size_and_leaves_the_terminal_as_it_was() {
     }
 }
 
+/// Spec 07, 13.6: here, unlike without `-w`, writes stand under "Write"; the last columns are those of one second.
+#[test]
+fn watched_counters_show_what_happened_since_the_last_second() {
+    let mut cluster = Cluster::new(1);
+    cluster.dog(&["vdi", "create", "disk", "64M"]).ok();
+    let port = cluster.nodes[0].port.to_string();
+    let mut terminal = Terminal::open(24, 160);
+    terminal.run(&[&dog().display().to_string(), "node", "stat", "-w", "-p", &port], &[]);
+    let heading = "Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD\tWRBW\tRDBW\tRPS\r\n";
+    let rows = |shown: &str| -> Vec<Vec<String>> {
+        let rows = shown.split("\r\n").filter_map(|line| line.strip_prefix("Client\t"));
+        rows.map(|row| row.split('\t').map(String::from).collect()).collect()
+    };
+    terminal.wait("the first second", |shown| shown.starts_with(heading) && rows(shown).len() == 1);
+    assert_eq!(rows(&terminal.shown())[0][8..], ["0.0 MB", "0.0 MB", "0"], "nothing to compare with");
+    cluster.dog_in(&["vdi", "write", "disk", "0", "48M"], &vec![7; 48 << 20]).ok();
+    terminal.wait("the second in which 48 MiB came", |shown| {
+        let rows = rows(shown).into_iter().filter(|row| row.len() == 11);
+        // Perhaps in two seconds.
+        let came: f64 = rows.filter_map(|row| row[8].strip_suffix(" MB")?.parse::<f64>().ok()).sum();
+        (47.0..50.0).contains(&came)
+    });
+    let number = |row: &[String], at: usize| row[at].parse::<u64>().expect("a number");
+    let all = rows(&terminal.shown());
+    let (first, last) = (&all[0], all.iter().rev().find(|row| row.len() == 11).expect("a whole row"));
+    let (writes, reads) = (number(last, 2) - number(first, 2), number(last, 3) - number(first, 3));
+    assert!(writes >= 12 && reads < writes, "{all:?}");
+}
+
+#[test]
+fn images_go_in_and_out_with_a_bar() {
+    let cluster = Cluster::new(1);
+    let file = |name: &str| cluster.dir().join(name).display().to_string();
+    let (image, copy) = (file("image"), file("copy"));
+    fs::write(&image, vec![7; 12 << 20]).expect("an image");
+    let port = cluster.nodes[0].port.to_string();
+    let dog = dog().display().to_string();
+    for words in [["import", "disk", &image], ["export", "disk", &copy]] {
+        let mut terminal = Terminal::open(24, 80);
+        terminal.run(&[&[&*dog, "vdi"], &words[..], &["-p", &port]].concat(), &[]);
+        assert_eq!(terminal.wait_exit().code(), Some(0), "{}", terminal.shown());
+        let full = format!("\r100.0 % [{}] 12 MB / 12 MB", "=".repeat(50));
+        terminal.wait("a full bar", |shown| shown.contains(&full));
+    }
+    assert_eq!(fs::read(&copy).expect("a copy"), fs::read(&image).expect("the image"));
+}
+
 /// A cluster with the VDIs `alpha` and `beta`, and the completion script for a shell, as a file of that name.
 struct Completions {
     cluster: Cluster,

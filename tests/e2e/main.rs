@@ -10,6 +10,7 @@ mod corosync;
 mod disks;
 mod dog_backups;
 mod dog_extras;
+mod dog_integrations;
 mod dog_terminal;
 mod durability;
 mod epochs;

@@ -6,7 +6,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use sheepdog_proto::{ClusterFlags, NodeRecord, Oid, Opcode, Request, ResultCode, VdiId};
-use sheepdog_testkit::{Builder, Cluster, Vdi, wait};
+use sheepdog_testkit::{Builder, Cluster, Vdi, disk, wait};
 
 const BLOCK: u64 = 4 << 20;
 
@@ -398,7 +398,7 @@ fn reweighting_follows_the_space_of_the_disks() {
     let mut cluster = Builder::new(3).disks(2).copies(2).disk_size(1 << 30).start();
     let vdi = filled(&mut cluster, "space", 40);
     let lost = cluster.nodes[1].disks.pop().expect("two disks");
-    fs::remove_dir_all(&lost).expect("rm -rf");
+    disk::remove(&lost);
     wait("the loss to be noticed", || {
         cluster.nodes[1].log().contains(&format!("removed disk {}, 1 left", lost.display()))
     });

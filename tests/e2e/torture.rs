@@ -14,7 +14,7 @@ use rand::{Rng, SeedableRng};
 use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, VdiId};
 use sheepdog_testkit::load::{Load, Region, SLOT, Summary};
-use sheepdog_testkit::{Builder, Cluster, wait};
+use sheepdog_testkit::{Builder, Cluster, disk, wait};
 
 /// The last one comes and goes.
 const NODES: usize = 8;
@@ -155,7 +155,7 @@ impl Torture {
                 self.complete();
                 let node = self.victim();
                 let disk = self.cluster.nodes[node].disks[1].clone();
-                std::fs::remove_dir_all(&disk).expect("rm -rf");
+                disk::remove(&disk);
                 let line = format!("removed disk {}", disk.display());
                 let told = |c: &Cluster| c.nodes[node].log().matches(&line).count();
                 let before = self.disks;

@@ -111,7 +111,7 @@ fn every_captured_exchange_is_answered_as_the_original_answered_it() {
         return;
     }
     let vectors = load("wire.json");
-    let mut cluster = Builder::new(3).ports(&[7120, 7121, 7122]).unformatted().start();
+    let mut cluster = Builder::new(3).ports(&[7120, 7121, 7122]).private_disk().unformatted().start();
     let mut gateway = cluster.nodes[0].client();
     let mut home: Option<Client> = None;
     let mut wrong = Vec::new();

@@ -21,6 +21,7 @@ use crate::disk::set_size;
 use crate::hosts::{Hosts, Nic};
 use crate::node::{Node, Output};
 use crate::ports::Ports;
+use crate::private_disk::PrivateDisk;
 use crate::wait::{DEADLINE, wait, wait_for};
 use crate::zookeeper::ZooKeeper;
 
@@ -32,6 +33,7 @@ pub struct Builder {
     ports: Option<Vec<u16>>,
     disks: usize,
     disk_size: Option<u64>,
+    private_disk: bool,
     args: Vec<String>,
     node_args: Vec<(usize, String)>,
     format: Option<ClusterRequest>,
@@ -80,6 +82,7 @@ impl Builder {
             ports: None,
             disks: 0,
             disk_size: None,
+            private_disk: false,
             args: Vec::new(),
             node_args: Vec::new(),
             format: Some(format),
@@ -116,6 +119,13 @@ impl Builder {
     /// Bytes of space that each of these directories counts for; default: what is free.
     pub fn disk_size(mut self, bytes: u64) -> Builder {
         self.disk_size = Some(bytes);
+        self
+    }
+
+    /// On a file system that nobody else fills, so that REWEIGHT finds nothing to announce. Only inside
+    /// [`crate::in_own_mounts`] or [`crate::in_own_network`].
+    pub fn private_disk(mut self) -> Builder {
+        self.private_disk = true;
         self
     }
 
@@ -196,6 +206,7 @@ impl Builder {
     pub fn start(self) -> Cluster {
         let root =
             tempfile::Builder::new().prefix("sheepdog-test-").tempdir().expect("a temporary directory");
+        let disk = self.private_disk.then(|| PrivateDisk::mount(root.path()));
         // Two behind the nodes' for `spare_port`, one for the I/O address of the last node.
         let reserved = self.ports.is_none().then(|| Ports::reserve_many(self.nodes + 3));
         let hosts = self.hosts.then(|| Hosts::new(self.nodes));
@@ -223,8 +234,17 @@ impl Builder {
             };
             nodes.push(self.node(root.path(), &driver, index, port, hosts.as_ref()));
         }
-        let mut cluster =
-            Cluster { nodes, driver, root: Some(root), reserved, zookeeper, corosync, hosts, keep: false };
+        let mut cluster = Cluster {
+            nodes,
+            driver,
+            _disk: disk,
+            root: Some(root),
+            reserved,
+            zookeeper,
+            corosync,
+            hosts,
+            keep: false,
+        };
         for i in 0..self.nodes {
             cluster.start(i);
         }
@@ -278,6 +298,8 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     /// What the daemons have behind `-c`.
     pub driver: String,
+    /// Lies over `root`, therefore goes first.
+    _disk: Option<PrivateDisk>,
     root: Option<TempDir>,
     reserved: Option<Ports>,
     /// The server of a cluster over ZooKeeper.

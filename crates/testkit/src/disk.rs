@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::Oid;
 
 use crate::cluster::Cluster;
+use crate::wait::wait;
 
 /// Unit in which files are compared.
 const CHUNK: usize = 64 << 10;
@@ -51,6 +53,15 @@ pub fn object_files(disk: &Path) -> Vec<(Oid, PathBuf)> {
         }
     }
     files
+}
+
+/// `rm -rf` of a disk, again until it is gone: a daemon at work may make a file in a directory that was just emptied.
+pub fn remove(disk: &Path) {
+    wait(&format!("{} to be removed", disk.display()), || match fs::remove_dir_all(disk) {
+        Ok(()) => true,
+        Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => false,
+        Err(e) => panic!("rm -rf {}: {e}", disk.display()),
+    });
 }
 
 /// Sets how many bytes of space a directory counts for as a disk.

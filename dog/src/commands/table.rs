@@ -7,7 +7,7 @@ use crate::args::{
     apply_benchmark, apply_cluster, apply_node, apply_nothing, apply_top, apply_upgrade, apply_vdi,
 };
 use crate::context::{Context, Handler, Running};
-use crate::{benchmark, cluster, completions, manual, nbd, nfs, node, top, upgrade, vdi};
+use crate::{benchmark, cluster, completions, manual, nbd, nfs, node, top, upgrade, vdi, vm};
 
 /// An async function as a handler.
 macro_rules! handler {
@@ -201,19 +201,42 @@ const fn nested(name: &'static str, needs: Needs, help: &'static str, run: Optio
 
 /// Every command, in the order of the overview.
 pub const COMMANDS: &[Command] = &[
-    Command { name: "vdi", hidden: false, options: VDI_OPTIONS, apply: apply_vdi, subcommands: VDI },
-    Command { name: "node", hidden: false, options: NODE_OPTIONS, apply: apply_node, subcommands: NODE },
+    Command {
+        name: "vdi",
+        hidden: false,
+        historic: false,
+        options: VDI_OPTIONS,
+        apply: apply_vdi,
+        subcommands: VDI,
+    },
+    Command {
+        name: "node",
+        hidden: false,
+        historic: false,
+        options: NODE_OPTIONS,
+        apply: apply_node,
+        subcommands: NODE,
+    },
     Command {
         name: "cluster",
         hidden: false,
+        historic: false,
         options: CLUSTER_OPTIONS,
         apply: apply_cluster,
         subcommands: CLUSTER,
     },
-    Command { name: "nfs", hidden: false, options: PLAIN_OPTIONS, apply: apply_nothing, subcommands: NFS },
+    Command {
+        name: "nfs",
+        hidden: false,
+        historic: false,
+        options: PLAIN_OPTIONS,
+        apply: apply_nothing,
+        subcommands: NFS,
+    },
     Command {
         name: "upgrade",
         hidden: false,
+        historic: false,
         options: UPGRADE_OPTIONS,
         apply: apply_upgrade,
         subcommands: UPGRADE,
@@ -221,20 +244,51 @@ pub const COMMANDS: &[Command] = &[
     Command {
         name: "benchmark",
         hidden: false,
+        historic: false,
         options: BENCHMARK_OPTIONS,
         apply: apply_benchmark,
         subcommands: BENCHMARK,
     },
-    Command { name: "top", hidden: true, options: TOP_OPTIONS, apply: apply_top, subcommands: TOP },
+    Command {
+        name: "top",
+        hidden: true,
+        historic: false,
+        options: TOP_OPTIONS,
+        apply: apply_top,
+        subcommands: TOP,
+    },
     Command {
         name: "completions",
         hidden: true,
+        historic: false,
         options: TEXT_OPTIONS,
         apply: apply_nothing,
         subcommands: COMPLETIONS,
     },
-    Command { name: "man", hidden: true, options: TEXT_OPTIONS, apply: apply_nothing, subcommands: MAN },
-    Command { name: "nbd", hidden: true, options: PLAIN_OPTIONS, apply: apply_nothing, subcommands: NBD },
+    Command {
+        name: "man",
+        hidden: true,
+        historic: false,
+        options: TEXT_OPTIONS,
+        apply: apply_nothing,
+        subcommands: MAN,
+    },
+    Command {
+        name: "nbd",
+        hidden: true,
+        historic: false,
+        options: PLAIN_OPTIONS,
+        apply: apply_nothing,
+        subcommands: NBD,
+    },
+    Command {
+        name: "vm",
+        hidden: true,
+        historic: true,
+        options: PLAIN_OPTIONS,
+        apply: apply_nothing,
+        subcommands: VM,
+    },
 ];
 
 const NAME: &str = "<vdiname>";
@@ -521,6 +575,9 @@ const NBD: &[Subcommand] = &[row(
     "serve volumes to NBD clients",
     handler!(nbd::serve),
 )];
+
+const VM: &[Subcommand] =
+    &[json(row("list", "", "aph", NOTHING, "list images and where they are in use", handler!(vm::list)))];
 
 const TOP: &[Subcommand] =
     &[json(row("", "", "oiaph", NOTHING, "watch nodes, requests, recovery and space", handler!(top::run)))];

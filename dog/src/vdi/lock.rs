@@ -8,7 +8,7 @@ use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::vdi_state::{
     LOCKED, PART_INVALIDATED, PART_MODIFIED, PART_SHARED, SHARED, UNLOCKED, VdiState,
 };
-use sheepdog_proto::{MAX_COPIES, Opcode, Request, ResultCode, VdiId, Wire};
+use sheepdog_proto::{MAX_COPIES, NodeId, Opcode, Request, ResultCode, VdiId, Wire};
 
 use crate::args::Snapshot;
 use crate::context::Context;
@@ -30,7 +30,7 @@ const NORMAL_LOCK: u32 = 0;
 const SHARED_LOCK: u32 = 1;
 
 /// The state table, by id. Failures are reported.
-async fn states(session: &Session) -> Result<BTreeMap<VdiId, VdiState>, Stop> {
+pub async fn states(session: &Session) -> Result<BTreeMap<VdiId, VdiState>, Stop> {
     let mut records = FIRST_RECORDS;
     loop {
         let request = Request::new(Opcode::GET_VDI_COPIES).length(records * VdiState::LEN);
@@ -76,11 +76,11 @@ pub async fn list(context: &Context) -> Outcome {
 }
 
 /// Kind and owners of a lock.
-fn lock_fields(state: &VdiState) -> Value {
+pub fn lock_fields(state: &VdiState) -> Value {
     let (kind, owners) = match state.lock_state {
         LOCKED => ("exclusive", vec![json!({ "address": state.lock_owner.to_string(), "state": "locked" })]),
         SHARED => {
-            let owner = |(node, part): (&sheepdog_proto::NodeId, u32)| {
+            let owner = |(node, part): (&NodeId, u32)| {
                 let state = participant_state(part);
                 json!({ "address": node.to_string(), "state": state.trim_matches(['(', ')']) })
             };
@@ -91,9 +91,18 @@ fn lock_fields(state: &VdiState) -> Value {
     json!({ "lock": kind, "owners": owners })
 }
 
-fn participants(state: &VdiState) -> impl Iterator<Item = (&sheepdog_proto::NodeId, u32)> {
+fn participants(state: &VdiState) -> impl Iterator<Item = (&NodeId, u32)> {
     let count = (state.nr_participants as usize).min(MAX_COPIES);
     state.participants.iter().zip(state.participants_state).take(count)
+}
+
+/// The nodes through which a VDI is in use.
+pub fn lock_owners(state: &VdiState) -> Vec<NodeId> {
+    match state.lock_state {
+        LOCKED => vec![state.lock_owner],
+        SHARED => participants(state).map(|(node, _)| *node).collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// The owners, each with a blank before it.

@@ -89,7 +89,7 @@ fn kind(header: &InodeHeader, other: char) -> char {
 }
 
 /// `printf`'s `%-*s`, counting bytes.
-fn pad_right(bytes: &[u8], width: usize) -> Vec<u8> {
+pub fn pad_right(bytes: &[u8], width: usize) -> Vec<u8> {
     let mut field = bytes.to_vec();
     field.resize(bytes.len().max(width), b' ');
     field

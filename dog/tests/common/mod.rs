@@ -255,7 +255,9 @@ impl<'a> Scenario<'a> {
                 }
                 continue;
             }
-            let Some(expected) = self.text(field, value) else { continue };
+            let Some(expected) = self.text(field, value) else {
+                return Err(format!("{argv}: {field} cannot be compared: {value}"));
+            };
             let actual = String::from_utf8_lossy(actual);
             if !self.sorted(entry, &expected, &actual) && !matches(&expected, &actual) {
                 return Err(format!("{argv}: {field}\n--- expected\n{expected}\n--- got\n{actual}"));

@@ -158,7 +158,7 @@ pub fn trace_read<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFutur
 
 /// NFS_CREATE, NFS_DELETE: not built in.
 pub fn nfs<'a>(_: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { result(&request, ResultCode::INVALID_PARMS) })
+    Box::pin(async move { result(&request, ResultCode::NO_SUPPORT) })
 }
 
 /// FLUSH_DEL_CACHE: there is no cache to flush.

@@ -10,7 +10,7 @@
 #[path = "../../../dog/tests/common/mod.rs"]
 mod common;
 mod daemons;
-mod private_disk;
+mod requests;
 mod steps;
 mod terminal;
 
@@ -19,8 +19,8 @@ use std::process::Command;
 
 use common::{Scenario, load, output_key, stdin_of};
 use daemons::{Daemons, binary};
-use private_disk::PrivateDisk;
 use serde_json::Value;
+use sheepdog_testkit::PrivateDisk;
 
 /// Set inside the namespace.
 const INSIDE: &str = "SHEEPDOG_TEST_IN_NAMESPACE";
@@ -31,8 +31,13 @@ const DEVIATIONS: &str = include_str!("../../../docs/compatibility.md");
 /// Runs a scenario in a namespace. `known` are ids of entries that do not pass; each has a row in
 /// `docs/compatibility.md`, and one that passes must leave the list.
 fn scenario(test: &str, file: &str, name: &str, known: &[u64]) {
+    in_namespace(test, || replay(file, name, known));
+}
+
+/// Runs the test again in namespaces of its own; there, what is given.
+fn in_namespace(test: &str, run: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
-        return replay(file, name, known);
+        return run();
     }
     let root = nix::unistd::geteuid().is_root();
     let status = Command::new("unshare")
@@ -43,7 +48,7 @@ fn scenario(test: &str, file: &str, name: &str, known: &[u64]) {
         .env(INSIDE, "1")
         .status()
         .unwrap();
-    assert!(status.success(), "scenario {name} failed (above)");
+    assert!(status.success(), "{test} failed (above)");
 }
 
 fn replay(file: &str, name: &str, known: &[u64]) {
@@ -69,14 +74,24 @@ fn replay(file: &str, name: &str, known: &[u64]) {
 struct Replay<'a> {
     name: &'a str,
     outputs: HashMap<String, Vec<u8>>,
+    /// Entries that pass by what their `corrected` says, not as recorded.
     corrected: BTreeSet<u64>,
+    /// Entries that only make sense where the original's defect struck.
+    left_out: Vec<u64>,
     passed: usize,
     failed: Vec<(u64, String)>,
 }
 
 impl Replay<'_> {
     fn new(name: &str) -> Replay<'_> {
-        Replay { name, outputs: HashMap::new(), corrected: BTreeSet::new(), passed: 0, failed: Vec::new() }
+        Replay {
+            name,
+            outputs: HashMap::new(),
+            corrected: BTreeSet::new(),
+            left_out: Vec::new(),
+            passed: 0,
+            failed: Vec::new(),
+        }
     }
 
     fn entry(&mut self, scenario: &Scenario, daemons: &mut Daemons, entry: &Value) {
@@ -113,7 +128,7 @@ impl Replay<'_> {
                 let problem = || format!("set-up {argv:?}: status {}, {stderr}", run.rc);
                 if expected == Some(run.rc.into()) { Ok(()) } else { Err(problem()) }
             } else if defect_absent {
-                return;
+                return self.left_out.push(id);
             } else {
                 if entry["corrected"].is_object() && scenario.passes_as_recorded(entry, &run).is_err() {
                     self.corrected.insert(id);
@@ -131,7 +146,17 @@ impl Replay<'_> {
 
     fn finish(self, known: &[u64]) {
         let total = self.passed + self.failed.len();
-        println!("{}: {} of {total} entries pass", self.name, self.passed);
+        let share = 100.0 * self.passed as f64 / total as f64;
+        println!("{}: {} of {total} entries pass ({share:.1} %)", self.name, self.passed);
+        for (ids, what) in [
+            (self.corrected.iter().copied().collect(), "as corrected, not as recorded"),
+            (self.left_out, "left out, for want of the defect that they record"),
+        ] {
+            let ids: Vec<u64> = ids;
+            if !ids.is_empty() {
+                println!("{}: {what}: {ids:?}", self.name);
+            }
+        }
         for (id, problem) in &self.failed {
             println!("{} {id}: {problem}", self.name);
         }
@@ -146,12 +171,32 @@ impl Replay<'_> {
 }
 
 macro_rules! scenarios {
-    ($($test:ident: $file:literal, $name:literal, $known:expr;)*) => {$(
+    ($($test:ident: $file:literal, $name:literal, $known:expr;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                scenario(stringify!($test), $file, $name, $known);
+            }
+        )*
+
+        /// A new file of captures must not be replayed in part.
         #[test]
-        fn $test() {
-            scenario(stringify!($test), $file, $name, $known);
+        fn every_captured_scenario_has_a_test() {
+            let tested = BTreeSet::from([$(($file, $name.to_owned())),*]);
+            let files = ["dog-cli.json", "dog-cli-2.json"];
+            let captured = files.map(|file| (file, load(file)));
+            let captured = captured.iter().flat_map(|(file, vectors)| {
+                let entries = vectors["vectors"].as_array().unwrap();
+                entries.iter().map(|e| (*file, e["scenario"].as_str().unwrap().to_owned()))
+            });
+            assert_eq!(tested, captured.collect());
         }
-    )*};
+    };
+}
+
+#[test]
+fn answers_to_captured_requests() {
+    in_namespace("answers_to_captured_requests", requests::replay);
 }
 
 /// Every entry passes.

@@ -6,12 +6,12 @@
 mod bad_input;
 mod coded;
 mod convergence;
-mod corosync;
 mod disks;
 mod dog_backups;
 mod dog_extras;
 mod dog_integrations;
 mod dog_terminal;
+mod drivers;
 mod durability;
 mod epochs;
 mod faults;

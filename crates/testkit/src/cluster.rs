@@ -166,6 +166,12 @@ impl Builder {
         self
     }
 
+    /// Use the local driver, whatever `SHEEPDOG_TEST_DRIVER` says.
+    pub fn local(mut self) -> Builder {
+        self.driver = TestDriver::Local;
+        self
+    }
+
     /// Use a ZooKeeper server of the cluster's own, whatever `SHEEPDOG_TEST_DRIVER` says; the session timeout in
     /// milliseconds.
     pub fn zookeeper(mut self, timeout: u64) -> Builder {

@@ -111,8 +111,10 @@ struct Undo {
     /// Checksum of what was written.
     new: u32,
     fate: Fate,
-    /// Begun by an earlier process and not carried out, or in part.
+    /// Not carried out, or in part.
     torn: bool,
+    /// Sent once more since: it is not done without this home.
+    again: bool,
     at: Instant,
 }
 
@@ -213,7 +215,18 @@ impl Logged {
                     let same = |u: &Undo| (u.id, u.epoch, u.strip, u.offset) == (id, epoch, strip, offset);
                     if !all.iter().any(|u| same(u) && u.old == old) {
                         let (fate, torn) = (Fate::Applied, false);
-                        all.push(Undo { id, epoch, strip, offset, old, new, fate, torn, at: now });
+                        all.push(Undo {
+                            id,
+                            epoch,
+                            strip,
+                            offset,
+                            old,
+                            new,
+                            fate,
+                            torn,
+                            again: false,
+                            at: now,
+                        });
                     }
                 }
                 Record::Decision { oid, epoch, id, fate } => {
@@ -501,7 +514,7 @@ impl Intents {
         let (oid, strip) = (replica.oid, replica.strip.unwrap_or(0));
         let new = crc32fast::hash(data);
         let (fate, torn, at) = (Fate::Applied, false, Instant::now());
-        let undo = Undo { id, epoch, strip, offset, old, new, fate, torn, at };
+        let undo = Undo { id, epoch, strip, offset, old, new, fate, torn, again: false, at };
         let record = undo.write(oid);
         self.undo.lock().entry(oid).or_default().push(undo);
         let logged = self.log.append(&record, true, || self.logged());
@@ -535,6 +548,28 @@ impl Intents {
                 }
             }
         }
+    }
+
+    /// A write of a strip is about to be sent to the store, perhaps once more.
+    pub fn asked(&self, oid: Oid, id: WriteId) {
+        if let Some(all) = self.undo.lock().get_mut(&oid) {
+            all.iter_mut().filter(|u| u.id == id).for_each(|u| u.again = true);
+        }
+    }
+
+    /// A write of a strip failed.
+    pub fn failed(&self, oid: Oid, id: WriteId, epoch: Epoch) {
+        if let Some(all) = self.undo.lock().get_mut(&oid)
+            && let Some(last) = all.iter_mut().rev().find(|u| u.id == id && u.epoch == epoch)
+        {
+            last.torn = true;
+        }
+    }
+
+    /// Whether all homes may have a write of the object of which this one does not know that it is done.
+    pub fn may_be_done(&self, oid: Oid) -> bool {
+        let undo = self.undo.lock();
+        undo.get(&oid).into_iter().flatten().any(|u| u.fate == Fate::Applied && !u.torn && !u.again)
     }
 
     /// The object is about to be created anew or removed: its writes before that are over.

@@ -253,11 +253,12 @@ async fn write(
     if !request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
     }
+    let id = write_id(&body);
+    sheep.intents.asked(body.oid, id);
     let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
-    let id = write_id(&body);
     let plain = request.opcode == Opcode::WRITE_PEER;
     let (offset, len) = (u64::from(body.offset), payload.len());
     note_intent(sheep, body.oid, id, if plain { regions_of(size, offset, len as u64) } else { u64::MAX })?;
@@ -278,7 +279,10 @@ async fn write(
         true => store.write(replica, size, offset, payload).await,
         false => store.create(replica, size, offset, payload).await,
     };
-    done.map_err(|e| crate::faults::peer_result(sheep, &e))
+    done.map_err(|e| {
+        sheep.intents.failed(body.oid, id, request.epoch);
+        crate::faults::peer_result(sheep, &e)
+    })
 }
 
 /// The number that a write's gateway gave it.

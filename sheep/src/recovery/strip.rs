@@ -58,7 +58,7 @@ pub async fn recover(
         return Recovered::Later("writes of it are being settled".into());
     }
     // In an epoch that goes on: what is on all strips but not known to be must not be taken for undone.
-    if active.round.tgt_epoch == active.round.epoch && !sheep.intents.open_writes(replica.oid).is_empty() {
+    if active.round.tgt_epoch == active.round.epoch && sheep.intents.may_be_done(replica.oid) {
         return Recovered::Later("writes of it are not known to be done".into());
     }
     let wanted = usize::from(replica.strip.unwrap_or(0));

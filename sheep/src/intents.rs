@@ -180,6 +180,8 @@ pub async fn before_open_writes(
         if after.is_empty() {
             return Ok(Some(bytes));
         }
+        let ids: Vec<WriteId> = after.iter().map(|(id, ..)| *id).collect();
+        tracing::debug!("{replica}: read without {ids:?}");
         let mut bytes = bytes.to_vec();
         after.iter().for_each(|(_, _, at, old)| lay_over(&mut bytes, offset, old, *at));
         return Ok(Some(bytes.into()));

@@ -275,6 +275,13 @@ async fn write(
     if !plain {
         replaced(sheep, body.oid)?;
     }
+    if replica.strip.is_some() {
+        tracing::debug!(
+            "{replica}: {} {id:?} at {offset}, {len} bytes, epoch {}",
+            request.opcode,
+            request.epoch
+        );
+    }
     let done = match plain {
         true => store.write(replica, size, offset, payload).await,
         false => store.create(replica, size, offset, payload).await,

@@ -657,6 +657,7 @@ pub async fn decide(
     Ok(())
 }
 
+/// Keeps what was decided.
 fn note_decision(
     sheep: &Arc<Sheep>,
     oid: Oid,
@@ -664,6 +665,7 @@ fn note_decision(
     written: Epoch,
     fate: Fate,
 ) -> Result<(), ResultCode> {
+    tracing::debug!("{oid}: {id:?} of epoch {written}: {fate:?}");
     let noted = tokio::task::block_in_place(|| sheep.intents.decided(oid, id, written, fate));
     noted.map_err(|error| {
         tracing::error!("cannot note what was decided about a write of {oid}: {error}");

@@ -2,7 +2,8 @@
 //! lost disks and disks that are plugged and unplugged (spec 06, 14.2 P1 and P4).
 //!
 //! `SHEEPDOG_TORTURE_SECONDS` sets how long the faults last (10 by default, `scripts/torture` sets more),
-//! `SHEEPDOG_TORTURE_SEED` their order. A model knows every acknowledged write; at the end contents are read
+//! `SHEEPDOG_TORTURE_SEED` their order, `SHEEPDOG_TORTURE_LOG=debug` the level of the
+//! daemons' logs. A model knows every acknowledged write; at the end contents are read
 //! through every node, and replicas and strips are compared on disk. What has no known outcome is old or new, never a mixture.
 
 use std::collections::HashSet;
@@ -195,7 +196,9 @@ fn everything_at_once_loses_nothing() {
     let duration = Duration::from_secs(setting("SHEEPDOG_TORTURE_SECONDS", 10));
     eprintln!("SHEEPDOG_TORTURE_SEED={seed}");
     let mut random = SmallRng::seed_from_u64(seed);
-    let mut cluster = Builder::new(NODES).disks(2).copies(COPIES).start();
+    let level = std::env::var("SHEEPDOG_TORTURE_LOG").unwrap_or_else(|_| "info".into());
+    let mut cluster =
+        Builder::new(NODES).disks(2).copies(COPIES).arg("-l").arg(&format!("level={level}")).start();
     let plain = created(&mut cluster, "plain", None);
     let policy = CopyPolicy::erasure(CODE.0, CODE.1).expect("a valid policy");
     let coded = created(&mut cluster, "coded", Some(policy));

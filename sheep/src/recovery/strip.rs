@@ -70,6 +70,11 @@ pub async fn recover(
         Err(outcome) => return outcome,
     };
     let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return Recovered::Replaced };
+    let sources: Vec<usize> = search.found.iter().map(|(index, _)| *index).collect();
+    tracing::debug!(
+        "{replica}: recovered at epoch {}, from strips {sources:?} or as it was",
+        active.round.epoch
+    );
     let made = match store.is_cut_off(replica, active.round.epoch, len) && store.exists(replica) {
         // Nobody writes to it before it is recovered. One that is whole was made by a gateway meanwhile, and is newer.
         true => store.create(replica, len, 0, strip).await,

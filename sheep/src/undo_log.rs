@@ -23,7 +23,8 @@
 //! | 44..48 | offset in the strip, in bytes |
 //! | 48..52 | CRC-32 of the bytes that are written |
 //!
-//! A write is logged before it is carried out: whether it was, the last field tells. Payload: the bytes that a write replaced; the numbers (4 bytes each) up to the highest that are not done.
+//! A write is logged before it is carried out: whether it was, the last field tells. Payload: the bytes that a write replaced;
+//! the numbers (4 bytes each) up to the highest that are not done.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -33,7 +34,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use sheepdog_proto::{Epoch, Oid};
+use sheepdog_proto::{Epoch, Oid, Wire};
 
 use crate::intents::{Fate, WriteId};
 
@@ -55,14 +56,6 @@ pub enum Record {
     Since(Epoch),
     /// End of what a file begins with.
     Complete,
-}
-
-fn four(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
-}
-
-fn eight(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 impl Record {
@@ -107,14 +100,15 @@ impl Record {
     /// The record at the beginning of `bytes`, its generation and its length; `None` = there is no whole one.
     fn decode(bytes: &[u8]) -> Option<(Record, u64, usize)> {
         let header = bytes.get(..HEADER)?;
-        let end = HEADER.checked_add(four(header, 20) as usize)?;
+        let end = HEADER.checked_add(u32::get(&header[20..]) as usize)?;
         let body = bytes.get(8..end)?;
-        if &header[..4] != MAGIC || four(header, 4) != crc32fast::hash(body) {
+        if &header[..4] != MAGIC || u32::get(&header[4..]) != crc32fast::hash(body) {
             return None;
         }
         let payload = &bytes[HEADER..end];
-        let (oid, epoch, offset) = (Oid(eight(header, 24)), Epoch(four(header, 32)), four(header, 44));
-        let id = WriteId { writer: four(header, 36), seq: four(header, 40) };
+        let (oid, epoch, offset) =
+            (Oid::get(&header[24..]), Epoch(u32::get(&header[32..])), u32::get(&header[44..]));
+        let id = WriteId { writer: u32::get(&header[36..]), seq: u32::get(&header[40..]) };
         let record = match header[16] {
             1 => Record::Write {
                 oid,
@@ -122,25 +116,25 @@ impl Record {
                 epoch,
                 id,
                 offset,
-                new: four(header, 48),
+                new: u32::get(&header[48..]),
                 old: Bytes::copy_from_slice(payload),
             },
             2 => Record::Decision { oid, epoch, id, fate: Fate::of(header[17]) },
             3 => Record::Done {
                 writer: id.writer,
                 highest: id.seq,
-                open: payload.chunks_exact(4).map(|n| four(n, 0)).collect(),
+                open: payload.chunks_exact(4).map(u32::get).collect(),
             },
             4 => Record::Since(epoch),
             5 => Record::Complete,
             _ => return None,
         };
-        Some((record, eight(header, 8), end))
+        Some((record, u64::get(&header[8..]), end))
     }
 }
 
 /// The records of a file and its generation, if it is complete.
-fn parse(bytes: &[u8]) -> Option<(u64, Vec<Record>, usize)> {
+fn parse(bytes: &[u8]) -> Option<(u64, Vec<Record>)> {
     let (_, generation, _) = Record::decode(bytes)?;
     let (mut records, mut at, mut complete) = (Vec::new(), 0, false);
     while let Some((record, g, len)) = Record::decode(&bytes[at..]) {
@@ -151,7 +145,7 @@ fn parse(bytes: &[u8]) -> Option<(u64, Vec<Record>, usize)> {
         records.push(record);
         at += len;
     }
-    complete.then_some((generation, records, at))
+    complete.then_some((generation, records))
 }
 
 #[derive(Default)]
@@ -184,10 +178,10 @@ impl UndoLog {
         for index in 0..2 {
             let path = path(base, index);
             let Ok(bytes) = std::fs::read(&path) else { continue };
-            let Some((generation, records, at)) = parse(&bytes) else { continue };
+            let Some((generation, records)) = parse(&bytes) else { continue };
             if generation >= state.generation {
                 // Not appended to: the first record begins the other file.
-                state = State { index, generation, at: at as u64, len: 0, ..State::default() };
+                state = State { index, generation, ..State::default() };
                 found = Some(records);
             }
         }

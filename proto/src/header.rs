@@ -93,6 +93,11 @@ pub mod order {
     pub const LET_GO: u8 = 17;
     /// SHA-1 of the 4 KiB blocks of a replica that are not zero, each after its number. `serial`: as `tgt_epoch` of GET_HASH.
     pub const DIGEST: u8 = 18;
+    /// What became of writes of strips at their gateway; those of epochs up to `serial` that it has not acknowledged, it will
+    /// not acknowledge. Payload: the writes. Answer: a byte for each.
+    pub const OUTCOME: u8 = 19;
+    /// Writes of strips that were kept although not all homes of their epoch were there to tell of them.
+    pub const LOOSE: u8 = 20;
 }
 
 wire! {

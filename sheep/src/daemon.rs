@@ -183,7 +183,8 @@ async fn serve(
         return Err(format!("{reason}\nfailed to join Sheepdog"));
     }
     if let Some(store) = &sheep.store {
-        sheep.intents.verify(store).await;
+        let last = sheep.meta.latest_epoch().unwrap_or_default();
+        sheep.intents.verify(store, last).await;
     }
     parts.spawn(&sheep);
     tracing::info!("{} going to join the cluster", state.me.nid);

@@ -85,6 +85,8 @@ pub enum Fate {
     Done = 4,
     /// This process was not there.
     Unknown = 5,
+    /// It stands because all homes have it that were there when that was decided, and nobody knew more.
+    Loose = 6,
 }
 
 impl Fate {
@@ -96,6 +98,7 @@ impl Fate {
             2 => Fate::Kept,
             3 => Fate::Undone,
             4 => Fate::Done,
+            6 => Fate::Loose,
             _ => Fate::Unknown,
         }
     }
@@ -107,6 +110,9 @@ struct Undo {
     epoch: Epoch,
     strip: u8,
     offset: u64,
+    /// Bytes written.
+    len: u64,
+    /// What they replaced; nothing any more once it is decided about the write.
     old: Bytes,
     /// Checksum of what was written.
     new: u32,
@@ -116,6 +122,14 @@ struct Undo {
     /// Sent once more since: it is not done without this home.
     again: bool,
     at: Instant,
+}
+
+impl Announced {
+    fn record(&self, id: WriteId) -> Record {
+        let Announced { replica, epoch, offset, ref data } = *self;
+        let (oid, strip) = (replica.oid, replica.strip.unwrap_or(0));
+        Record::Announced { oid, strip, epoch, id, offset: offset as u32, data: data.clone() }
+    }
 }
 
 impl Undo {
@@ -133,6 +147,14 @@ impl Undo {
         }
         out
     }
+}
+
+/// A write of a strip of this node that it sends, as its gateway, to the other homes at the same time.
+struct Announced {
+    replica: Replica,
+    epoch: Epoch,
+    offset: u64,
+    data: Bytes,
 }
 
 /// Which of these writes of a strip, the oldest first, it has: offset, checksum and what was replaced. `None` = there is
@@ -202,12 +224,18 @@ fn lay_over(bytes: &mut [u8], offset: u64, part: &[u8], at: u64) {
 struct Logged {
     writers: HashMap<u32, Writer>,
     undo: HashMap<Oid, Vec<Undo>>,
+    announced: HashMap<WriteId, Announced>,
     since: u32,
 }
 
 impl Logged {
     fn replay(records: Vec<Record>, now: Instant) -> Logged {
-        let mut out = Logged { writers: HashMap::new(), undo: HashMap::new(), since: u32::MAX };
+        let mut out = Logged {
+            writers: HashMap::new(),
+            undo: HashMap::new(),
+            announced: HashMap::new(),
+            since: u32::MAX,
+        };
         for record in records {
             match record {
                 Record::Write { oid, strip, epoch, id, offset, new, old } => {
@@ -222,6 +250,7 @@ impl Logged {
                             epoch,
                             strip,
                             offset,
+                            len: old.len() as u64,
                             old,
                             new,
                             fate,
@@ -231,7 +260,12 @@ impl Logged {
                         });
                     }
                 }
+                Record::Announced { oid, strip, epoch, id, offset, data } => {
+                    let (replica, offset) = (Replica { oid, strip: Some(strip) }, offset.into());
+                    out.announced.insert(id, Announced { replica, epoch, offset, data });
+                }
                 Record::Decision { oid, epoch, id, fate } => {
+                    out.announced.retain(|i, a| *i != id || a.epoch != epoch);
                     let all = out.undo.entry(oid).or_default().iter_mut();
                     for undo in all.filter(|u| u.id == id && u.epoch == epoch && u.fate == Fate::Applied) {
                         (undo.fate, undo.old) = (fate, Bytes::new());
@@ -245,6 +279,7 @@ impl Logged {
                     out.undo
                         .values_mut()
                         .for_each(|all| all.retain(|u| u.fate != Fate::Applied || !done(u.id)));
+                    out.announced.retain(|id, _| !done(*id));
                     let told = Some(now);
                     out.writers.insert(writer, Writer { highest, open, told, ..Writer::default() });
                 }
@@ -278,6 +313,8 @@ pub struct Intents {
     durable: bool,
     writers: Mutex<HashMap<u32, Writer>>,
     undo: Mutex<HashMap<Oid, Vec<Undo>>>,
+    /// This gateway's writes of strips that are here, too, in the present epoch.
+    announced: Mutex<HashMap<WriteId, Announced>>,
     log: UndoLog,
     unsettled: Mutex<HashMap<Oid, Unsettled>>,
     nr_unsettled: AtomicUsize,
@@ -291,6 +328,8 @@ pub struct Intents {
     in_care: Arc<Mutex<HashSet<(Oid, Epoch)>>>,
     /// Coded objects whose parity this node has made to fit, with the epoch in which it did.
     mended: Mutex<HashMap<Oid, Epoch>>,
+    /// Since when it waits to be decided about writes of an object and an epoch.
+    waiting: Mutex<HashMap<(Oid, Epoch), Instant>>,
 }
 
 /// The duty to settle an object; given back when dropped.
@@ -343,7 +382,7 @@ impl Intents {
         let durable = store.is_some_and(|s| s.sync_mode() != SyncMode::NoSync);
         let (log, records) = UndoLog::open(base, durable);
         let remembered = records.is_none();
-        let Logged { writers, undo, since } = Logged::replay(records.unwrap_or_default(), now);
+        let Logged { writers, undo, announced, since } = Logged::replay(records.unwrap_or_default(), now);
         let open = undo.iter().filter(|(_, all)| all.iter().any(|u| u.fate == Fate::Applied));
         let unsettled: HashMap<Oid, Unsettled> = oids
             .iter()
@@ -355,6 +394,7 @@ impl Intents {
             durable,
             writers: Mutex::new(writers),
             undo: Mutex::new(undo),
+            announced: Mutex::new(announced),
             log,
             nr_unsettled: AtomicUsize::new(unsettled.len()),
             unsettled: Mutex::new(unsettled),
@@ -364,6 +404,7 @@ impl Intents {
             leading: Order::default(),
             in_care: Arc::default(),
             mended: Mutex::default(),
+            waiting: Mutex::default(),
         }
     }
 
@@ -392,6 +433,7 @@ impl Intents {
                 out.extend(undo.records(*oid));
             }
         }
+        out.extend(self.announced.lock().iter().map(|(id, a)| a.record(*id)));
         out
     }
 
@@ -399,6 +441,7 @@ impl Intents {
     pub fn clear(&self) {
         self.writers.lock().clear();
         self.undo.lock().clear();
+        self.announced.lock().clear();
         self.mended.lock().clear();
         self.unsettled.lock().clear();
         self.nr_unsettled.store(0, Ordering::Release);
@@ -516,7 +559,8 @@ impl Intents {
         let (oid, strip) = (replica.oid, replica.strip.unwrap_or(0));
         let new = crc32fast::hash(data);
         let (fate, torn, at) = (Fate::Applied, false, Instant::now());
-        let undo = Undo { id, epoch, strip, offset, old, new, fate, torn, again: false, at };
+        let len = old.len() as u64;
+        let undo = Undo { id, epoch, strip, offset, len, old, new, fate, torn, again: false, at };
         let record = undo.write(oid);
         self.undo.lock().entry(oid).or_default().push(undo);
         let logged = self.log.append(&record, true, || self.logged());
@@ -529,8 +573,63 @@ impl Intents {
         logged
     }
 
-    /// Looks which open writes of an earlier process were carried out: they are logged before.
-    pub async fn verify(&self, store: &Store) {
+    /// A write is about to be sent to all homes of strips, of which this node is one. If it dies before its own strip is
+    /// written, it does that when it returns, so that it does not lack what all others have.
+    pub fn announce(&self, replica: Replica, id: WriteId, epoch: Epoch, offset: u64, data: Bytes) {
+        let announced = Announced { replica, epoch, offset, data };
+        let record = announced.record(id);
+        self.announced.lock().insert(id, announced);
+        if let Err(error) = self.log.append(&record, false, || self.logged()) {
+            tracing::warn!("{}: cannot log a write: {error}", replica.oid);
+        }
+    }
+
+    /// Carries out what was announced in `epoch`, the last one of the process before, and is missing here.
+    async fn make_up(&self, store: &Store, epoch: Epoch) {
+        let announced = std::mem::take(&mut *self.announced.lock());
+        let mut announced: Vec<(WriteId, Announced)> =
+            announced.into_iter().filter(|(_, a)| a.epoch == epoch).collect();
+        announced.sort_by_key(|(id, _)| *id);
+        for (id, Announced { replica, offset, data, .. }) in announced {
+            let missing = {
+                let undo = self.undo.lock();
+                let all = || {
+                    undo.get(&replica.oid).into_iter().flatten().filter(|u| Some(u.strip) == replica.strip)
+                };
+                let mine = all().rev().find(|u| u.id == id && u.epoch == epoch);
+                // What was written over it since is not in doubt; of other gateways nobody knows the order.
+                let newer =
+                    |u: &&Undo| u.id.writer != id.writer || (u.id.seq != id.seq && up_to(id.seq, u.id.seq));
+                let end = offset + data.len() as u64;
+                let covered = all().filter(newer).any(|u| u.offset < end && offset < u.offset + u.len);
+                mine.is_none_or(|u| u.torn && u.fate == Fate::Applied) && !covered
+            };
+            if !missing {
+                continue;
+            }
+            let Some(size) = store.file_len(replica) else { continue };
+            let Ok(old) = store.read(replica, offset, data.len()).await else { continue };
+            let made_up = match self.keep(replica, id, epoch, offset, old, &data) {
+                Ok(()) => store.write(replica, size, offset, data).await.map_err(|e| e.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match made_up {
+                Ok(()) => tracing::info!("{replica}: write {id:?} of epoch {epoch} is made up for"),
+                Err(error) => {
+                    self.failed(replica.oid, id, epoch);
+                    tracing::warn!("{replica}: write {id:?} of epoch {epoch} is not made up for: {error}");
+                }
+            }
+        }
+    }
+
+    /// Looks which open writes of an earlier process, whose last epoch was `last`, were carried out: they are logged before.
+    pub async fn verify(&self, store: &Store, last: Epoch) {
+        self.look(store).await;
+        self.make_up(store, last).await;
+    }
+
+    async fn look(&self, store: &Store) {
         let mut open: HashMap<Replica, Vec<(u64, u32, Bytes)>> = HashMap::new();
         for (oid, all) in self.undo.lock().iter() {
             for undo in all.iter().filter(|u| u.fate == Fate::Applied) {
@@ -574,6 +673,31 @@ impl Intents {
         undo.get(&oid).into_iter().flatten().any(|u| u.fate == Fate::Applied && !u.torn && !u.again)
     }
 
+    /// Writes that were kept loosely.
+    pub fn loose(&self) -> Vec<(Oid, Epoch, WriteId)> {
+        let undo = self.undo.lock();
+        let all = undo.iter().flat_map(|(oid, all)| all.iter().map(move |u| (oid, u)));
+        let mut out: Vec<_> =
+            all.filter(|(_, u)| u.fate == Fate::Loose).map(|(oid, u)| (*oid, u.epoch, u.id)).collect();
+        out.dedup();
+        out
+    }
+
+    /// All members have every object of `epoch`: what was kept loosely before will not be asked for.
+    pub fn forget_loose(&self, epoch: Epoch) {
+        self.undo.lock().retain(|_, all| {
+            all.retain(|u| u.fate != Fate::Loose || !u.epoch.is_before(epoch));
+            !all.is_empty()
+        });
+    }
+
+    /// Whether the decision about a write of `epoch` may wait for homes that are away: not longer than `limit`.
+    pub fn may_wait(&self, oid: Oid, epoch: Epoch, limit: Duration) -> bool {
+        let mut waiting = self.waiting.lock();
+        waiting.retain(|_, since| since.elapsed() < 4 * limit);
+        waiting.entry((oid, epoch)).or_insert_with(Instant::now).elapsed() < limit
+    }
+
     /// The object is about to be created anew or removed: its writes before that are over.
     pub fn replaced(&self, oid: Oid) -> io::Result<()> {
         let open: Vec<(Epoch, Vec<WriteId>)> = self.open_writes(oid).into_iter().collect();
@@ -581,6 +705,12 @@ impl Intents {
             for id in ids {
                 self.decided(oid, id, epoch, Fate::Kept)?;
             }
+        }
+        let announced: Vec<(WriteId, Announced)> =
+            self.announced.lock().extract_if(|_, a| a.replica.oid == oid).collect();
+        for (id, Announced { epoch, .. }) in announced {
+            self.log
+                .append(&Record::Decision { oid, epoch, id, fate: Fate::Kept }, true, || self.logged())?;
         }
         Ok(())
     }
@@ -601,12 +731,13 @@ impl Intents {
                 silent.live.retain(|_, live| now.duration_since(live.at) < UNTOLD);
             }
         }
-        let mut forgotten = false;
+        let is_done = |id: WriteId| id.writer == writer && up_to(id.seq, highest) && !open.contains(&id.seq);
+        let mut forgotten = self.announced.lock().extract_if(|id, _| is_done(*id)).count() > 0;
         self.undo.lock().retain(|_, all| {
             all.retain(|u| {
-                let done = u.id.writer == writer && up_to(u.id.seq, highest) && !open.contains(&u.id.seq);
                 let keep = match u.fate {
-                    Fate::Applied => !done,
+                    Fate::Applied => !is_done(u.id),
+                    Fate::Loose => true, // until everybody has everything: Intents::forget_loose
                     _ => now.duration_since(u.at) < REMEMBER,
                 };
                 forgotten |= !keep;
@@ -625,6 +756,8 @@ impl Intents {
 
     /// The epoch ends: from here on what is not done is unsettled. Nothing is being written.
     pub fn epoch_ends(&self) {
+        // From here on this gateway can be asked.
+        self.announced.lock().clear();
         let mut unsettled = self.unsettled.lock();
         let mut add = |oid: Oid, regions: u64| unsettled.entry(oid).or_default().regions |= regions;
         let now = Instant::now();
@@ -788,6 +921,13 @@ impl Intents {
         }
     }
 
+    /// Whether a write of `epoch` is known here that was carried out in part or not at all.
+    pub fn is_torn(&self, oid: Oid, id: WriteId, epoch: Epoch) -> bool {
+        let undo = self.undo.lock();
+        let mut mine = undo.get(&oid).into_iter().flatten().filter(|u| u.id == id && u.epoch == epoch);
+        mine.any(|u| u.torn && u.fate == Fate::Applied)
+    }
+
     /// Whether the write of `epoch` stands was decided, and done here. Blocks until that is on disk.
     pub fn decided(&self, oid: Oid, id: WriteId, epoch: Epoch, fate: Fate) -> io::Result<()> {
         let mut known = false;
@@ -947,16 +1087,75 @@ mod tests {
             store.write(replica, 8192, *offset, carried_out.into()).await.expect("written");
         }
         let again = intents(&meta);
-        again.verify(&store).await;
+        again.verify(&store, Epoch(4)).await;
         let fates: Vec<Fate> = (0..4).map(|n| again.fate(replica.oid, id(n), Epoch(4))).collect();
         assert_eq!(fates, [Fate::Applied, Fate::Applied, Fate::Absent, Fate::Absent]);
         assert_eq!(again.to_undo(replica.oid, id(2), Epoch(4)), [(replica, 4, Bytes::from_static(b"bb--"))]);
 
         again.replaced(replica.oid).expect("logged");
         store.remove(replica).await.expect("removed");
-        first.verify(&store).await;
+        first.verify(&store, Epoch(4)).await;
         assert_eq!(first.fate(replica.oid, id(0), Epoch(4)), Fate::Unknown, "there is no strip");
         let third = intents(&meta);
         assert_eq!(third.fate(replica.oid, id(3), Epoch(4)), Fate::Kept);
+    }
+
+    #[tokio::test]
+    async fn what_was_announced_and_not_written_is_made_up_for() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (meta, disk) = (dir.path().join("meta"), dir.path().join("disk"));
+        std::fs::create_dir_all(&meta).expect("directory");
+        let (store, _) = Store::open(&[disk], sheepdog_store::StoreOptions::default()).expect("store");
+        let strip = |oid| Replica { oid: Oid(oid), strip: Some(1) };
+        for oid in 1..=5 {
+            store.create(strip(oid), 8192, 0, Bytes::from(vec![b'-'; 8192])).await.expect("created");
+        }
+        let first = intents(&meta);
+        first.note(Epoch(2));
+        let id = |n: u32| WriteId { writer: 9, seq: n };
+        let announce = |oid: u64, n, epoch| {
+            first.announce(strip(oid), id(n), Epoch(epoch), 0, Bytes::from_static(b"new"));
+        };
+        announce(1, 1, 4); // nothing more
+        announce(2, 2, 4); // logged, not written
+        first.keep(strip(2), id(2), Epoch(4), 0, Bytes::from_static(b"---"), b"new").expect("logged");
+        announce(3, 3, 3); // of an epoch that others have settled
+        announce(4, 4, 4); // done
+        announce(5, 5, 4); // taken back
+        first.keep(strip(5), id(5), Epoch(4), 0, Bytes::from_static(b"---"), b"new").expect("logged");
+        first.decided(Oid(5), id(5), Epoch(4), Fate::Undone).expect("logged");
+        first.done(9, 5, &[1, 2, 3, 5]);
+        for restarted in [false, true] {
+            if restarted {
+                first.restart_log();
+            }
+            let again = intents(&meta);
+            again.verify(&store, Epoch(4)).await;
+            let mut found = Vec::new();
+            for oid in 1..=5 {
+                found.push(store.read(strip(oid), 0, 3).await.expect("read"));
+                store.write(strip(oid), 8192, 0, Bytes::from_static(b"---")).await.expect("written");
+            }
+            assert_eq!(found, [&b"new"[..], b"new", b"---", b"---", b"---"]);
+            assert_eq!(again.fate(Oid(1), id(1), Epoch(4)), Fate::Applied);
+            assert_eq!(again.fate(Oid(3), id(3), Epoch(4)), Fate::Absent);
+        }
+    }
+
+    #[test]
+    fn writes_kept_loosely_are_told_until_everybody_has_everything() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let first = intents(dir.path());
+        let replica = Replica { oid: Oid(3), strip: Some(1) };
+        first.keep(replica, ID, Epoch(4), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+        first.decided(Oid(3), ID, Epoch(4), Fate::Loose).expect("logged");
+        let again = intents(dir.path());
+        again.done(9, 100, &[]);
+        assert_eq!(again.loose(), [(Oid(3), Epoch(4), ID)]);
+        assert!(again.open_writes(Oid(3)).is_empty());
+        again.forget_loose(Epoch(4));
+        assert_eq!(again.loose().len(), 1);
+        again.forget_loose(Epoch(5));
+        assert!(again.loose().is_empty());
     }
 }

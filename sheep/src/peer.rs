@@ -17,6 +17,7 @@ use crate::gate::Pass;
 use crate::gateway::object::is_coded;
 use crate::intents::{WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
+use crate::recovery::lacking;
 use crate::sheep::Sheep;
 use crate::vdi::reclaim;
 use crate::view::View;
@@ -214,7 +215,7 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     }
     let recovering = request.flags.contains(Flags::RECOVERY);
     let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
-    if recovering && replica.strip.is_some() && store.is_cut_off(replica, body.tgt_epoch, size) {
+    if recovering && body.oid.is_data() && store.is_cut_off(replica, body.tgt_epoch, size) {
         return Err(ResultCode::AGAIN); // others have what it lacks
     }
     let found = match recovering && replica.strip.is_some() {
@@ -235,6 +236,12 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
         // Between epochs objects are on their way to the stale area: that is not "none".
         let between = !recovering && sheep.gate.enter(request.epoch).is_none();
         return Err(if between { ResultCode::OLD_NODE_VER } else { ResultCode::NO_OBJ });
+    }
+    if replica.strip.is_some() {
+        lacking::known(sheep, view.epoch).await;
+        if sheep.recovery.lacking.has(store, replica, epoch) {
+            return Err(ResultCode::AGAIN);
+        }
     }
     match store.read_stale(replica, epoch, body.offset.into(), len).await {
         // "I never had it" proves something only if this store was there in that epoch.

@@ -27,6 +27,7 @@ use sheepdog_store::{DigestOf, Replica, StoreError};
 use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::{assemble, code_of, encode};
 use crate::gateway::grants::first_home;
+use crate::gateway::numbers::Outcome;
 use crate::gateway::object::is_coded;
 use crate::gateway::sequencer::member_at;
 use crate::intents::{Fate, WriteId, ranges};
@@ -48,6 +49,9 @@ const ASK_DEADLINE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(300);
 /// Between two looks at them.
 const QUIET_PAUSE: Duration = Duration::from_millis(5);
+/// How long it waits to be decided about a write that nobody acknowledged for sure, when so few of its homes are here that
+/// they could not serve it.
+const HOMES_WAIT: Duration = Duration::from_secs(20);
 /// Bytes read at once when regions are taken over.
 const STEP: u64 = 1 << 20;
 /// Bytes of each strip looked at together when parity is mended; whole units for every code.
@@ -365,7 +369,8 @@ pub async fn judge(
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
-    member_at(sheep, epoch).await?;
+    let view = member_at(sheep, epoch).await?;
+    let code = code_of(sheep.redundancy(oid.vid(), &view).policy)?;
     let homes = old_homes(sheep, oid, written).await?;
     let mut fates: HashMap<WriteId, Vec<Fate>> = HashMap::new();
     for home in &homes {
@@ -378,36 +383,111 @@ pub async fn judge(
             fates.entry(*id).or_default().push(fate);
         }
     }
-    let (stand, fall): (Vec<WriteId>, Vec<WriteId>) =
-        ids.iter().partition(|id| stands(fates.get(id).map_or(&[][..], |f| f)));
-    tracing::info!("{oid}: {} writes of epoch {written} stand, {} are undone", stand.len(), fall.len());
-    for (stands, ids) in [(true, &stand), (false, &fall)] {
-        if !ids.is_empty() {
-            decide_at(sheep, oid, &homes, stands, ids, written, epoch).await?;
+    // By what is to be done: with those that are kept, kept loosely, undone.
+    let mut verdicts: [(Fate, Vec<WriteId>); 3] =
+        [Fate::Kept, Fate::Loose, Fate::Undone].map(|f| (f, Vec::new()));
+    let mut give = |id: WriteId, fate: Fate| {
+        verdicts.iter_mut().filter(|(f, _)| *f == fate).for_each(|(_, ids)| ids.push(id));
+    };
+    let mut open = Vec::new();
+    for id in ids {
+        match verdict(fates.get(id).map_or(&[][..], |f| f)) {
+            Some(fate) => give(*id, fate),
+            None if homes.len() >= code.strips() => give(*id, Fate::Kept),
+            None => open.push(*id),
         }
     }
-    Ok(())
+    // What all have that are left: a home that is away may lack it. Its gateway knows.
+    let outcomes = if open.is_empty() { Vec::new() } else { outcomes(sheep, &open, written, epoch).await? };
+    let mut undecided = false;
+    for (id, outcome) in open.iter().zip(outcomes) {
+        let having = fates.get(id).into_iter().flatten().filter(|f| **f == Fate::Applied).count();
+        match outcome {
+            Outcome::Acknowledged => give(*id, Fate::Kept),
+            Outcome::Failed => give(*id, Fate::Undone),
+            Outcome::Unknown if having >= code.data_strips() => give(*id, Fate::Loose),
+            // Those that are here cannot serve it: the others come back and tell, or are lost.
+            Outcome::Unknown if sheep.intents.may_wait(oid, written, HOMES_WAIT) => undecided = true,
+            Outcome::Unknown => give(*id, Fate::Loose),
+        }
+    }
+    let [kept, loose, undone] = verdicts.each_ref().map(|(_, ids)| ids.len());
+    tracing::info!(
+        "{oid}: of the writes of epoch {written} {kept} stand, {loose} as all have them that are left, {undone} are undone"
+    );
+    for (fate, ids) in verdicts.iter().filter(|(_, ids)| !ids.is_empty()) {
+        decide_at(sheep, oid, &homes, *fate, ids, written, epoch).await?;
+    }
+    if undecided { Err(ResultCode::AGAIN) } else { Ok(()) }
 }
 
-/// Tells homes of strips whether writes stand.
+/// What became of writes at their gateways, whichever members those are.
+async fn outcomes(
+    sheep: &Arc<Sheep>,
+    ids: &[WriteId],
+    written: Epoch,
+    epoch: Epoch,
+) -> Result<Vec<Outcome>, ResultCode> {
+    let mut out = sheep.gateway.numbers.outcomes(ids, written);
+    let view = sheep.views.load();
+    let body = OrderRequest { what: order::OUTCOME, serial: written.0, ..OrderRequest::zeroed() };
+    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let answers = join_all(others.map(|node| ask_about(sheep, node, body, ids, epoch))).await;
+    for answer in answers {
+        // A node of the original is no gateway of such a write.
+        for (known, byte) in out.iter_mut().zip(answer?.unwrap_or_default()) {
+            if *known == Outcome::Unknown {
+                *known = Outcome::of(byte);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Asks about writes: a byte for each, `None` from a node of the original.
+async fn ask_about(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    body: OrderRequest,
+    ids: &[WriteId],
+    epoch: Epoch,
+) -> Result<Option<Bytes>, ResultCode> {
+    // The answer takes the place of the question in the payload.
+    let request = Request::new(Opcode::ORDER_PEER)
+        .flag(Flags::WRITE.with(Flags::PIGGYBACK))
+        .epoch(epoch)
+        .with_order(body);
+    let reply =
+        sheep.peers.call_on(Lane::Control, &node, request, encode_ids(ids).into(), ASK_DEADLINE).await;
+    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+    match reply.response.result {
+        ResultCode::SUCCESS if reply.data.len() == ids.len() => Ok(Some(reply.data)),
+        ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR),
+        ResultCode::INVALID_PARMS => Ok(None),
+        code => Err(code),
+    }
+}
+
+/// Tells homes of strips what was decided about writes.
 async fn decide_at(
     sheep: &Arc<Sheep>,
     oid: Oid,
     homes: &[NodeId],
-    stands: bool,
+    fate: Fate,
     ids: &[WriteId],
     written: Epoch,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
     for home in homes {
         if *home == sheep.me {
-            decide(sheep, oid, stands, ids, written, epoch).await?;
+            decide(sheep, oid, fate, ids, written, epoch).await?;
             continue;
         }
         let body = OrderRequest {
             oid,
             what: order::DECIDE,
-            kind: stands.into(),
+            kind: (fate != Fate::Undone).into(),
+            length: (fate == Fate::Loose).into(),
             serial: written.0,
             ..OrderRequest::zeroed()
         };
@@ -424,7 +504,7 @@ pub async fn undo_strips(
     id: WriteId,
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    decide_at(sheep, oid, homes, false, &[id], epoch, epoch).await
+    decide_at(sheep, oid, homes, Fate::Undone, &[id], epoch, epoch).await
 }
 
 /// Parity of an object that was being written when all nodes were lost.
@@ -589,39 +669,33 @@ async fn recall(
     ids: &[WriteId],
     epoch: Epoch,
 ) -> Result<Vec<Fate>, ResultCode> {
-    // The answer takes the place of the question in the payload.
     let body = OrderRequest { oid, what: order::RECALL, serial: written.0, ..OrderRequest::zeroed() };
-    let request = Request::new(Opcode::ORDER_PEER)
-        .flag(Flags::WRITE.with(Flags::PIGGYBACK))
-        .epoch(epoch)
-        .with_order(body);
-    let reply =
-        sheep.peers.call_on(Lane::Control, &home, request, encode_ids(ids).into(), ASK_DEADLINE).await;
-    let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
-    match reply.response.result {
-        ResultCode::SUCCESS if reply.data.len() == ids.len() => {
-            Ok(reply.data.iter().map(|byte| Fate::of(*byte)).collect())
-        }
-        ResultCode::SUCCESS => Err(ResultCode::NETWORK_ERROR),
+    Ok(match ask_about(sheep, home, body, ids, epoch).await? {
+        Some(bytes) => bytes.iter().map(|byte| Fate::of(*byte)).collect(),
         // A node of the original remembers nothing.
-        ResultCode::INVALID_PARMS => Ok(vec![Fate::Unknown; ids.len()]),
-        code => Err(code),
-    }
+        None => vec![Fate::Unknown; ids.len()],
+    })
 }
 
-/// Whether a write stands that its homes know this of.
-fn stands(fates: &[Fate]) -> bool {
-    if fates.iter().any(|f| matches!(f, Fate::Done | Fate::Kept)) {
-        return true;
+/// What is to be done with a write that its homes know this of; `None` = all that were asked have it, or do not know.
+/// What was decided once holds. Only then counts what its gateway said, which may be of a later attempt at it.
+fn verdict(fates: &[Fate]) -> Option<Fate> {
+    let any = |fate| fates.contains(&fate);
+    match () {
+        () if any(Fate::Kept) => Some(Fate::Kept),
+        () if any(Fate::Loose) => Some(Fate::Loose),
+        () if any(Fate::Undone) => Some(Fate::Undone),
+        () if any(Fate::Done) => Some(Fate::Kept),
+        () if any(Fate::Absent) => Some(Fate::Undone),
+        () => None,
     }
-    !fates.iter().any(|f| matches!(f, Fate::Undone | Fate::Absent))
 }
 
 /// A home of strips: does what was decided.
 pub async fn decide(
     sheep: &Arc<Sheep>,
     oid: Oid,
-    stands: bool,
+    fate: Fate,
     ids: &[WriteId],
     written: Epoch,
     epoch: Epoch,
@@ -630,9 +704,13 @@ pub async fn decide(
     let Some(store) = sheep.store.as_ref() else { return Ok(()) };
     let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
     for id in ids {
-        if stands {
-            note_decision(sheep, oid, *id, written, Fate::Kept)?;
+        if fate != Fate::Undone && !sheep.intents.is_torn(oid, *id, written) {
+            note_decision(sheep, oid, *id, written, fate)?;
             continue;
+        }
+        if fate != Fate::Undone {
+            // It stands without this home, which was away by then.
+            sheep.recovery.lacking.note(oid, written);
         }
         for (replica, offset, old) in sheep.intents.to_undo(oid, *id, written) {
             let (_, size) = sheep.named_replica(oid, replica.strip.unwrap_or(0), &view);
@@ -680,11 +758,16 @@ mod tests {
     #[test]
     fn a_write_of_strips_stands_if_every_home_has_it_or_one_knows_that_it_was_done() {
         use Fate::*;
-        assert!(stands(&[Applied, Applied, Unknown]));
-        assert!(stands(&[Absent, Done]), "acknowledged; one home has forgotten it already");
-        assert!(stands(&[Applied, Kept]));
-        assert!(!stands(&[Applied, Absent]));
-        assert!(!stands(&[Applied, Undone]));
+        assert_eq!(verdict(&[Applied, Applied, Unknown]), None);
+        assert_eq!(verdict(&[Absent, Done]), Some(Kept), "acknowledged; one home has forgotten it already");
+        assert_eq!(verdict(&[Applied, Kept, Loose]), Some(Kept));
+        assert_eq!(verdict(&[Applied, Loose, Absent]), Some(Loose));
+        assert_eq!(verdict(&[Applied, Absent]), Some(Undone));
+        assert_eq!(
+            verdict(&[Applied, Undone, Done]),
+            Some(Undone),
+            "done is what was written in a later epoch"
+        );
     }
 
     #[test]

@@ -13,8 +13,8 @@
 //! | 0..4 | magic `SDUL` |
 //! | 4..8 | CRC-32 of all that follows, payload included |
 //! | 8..16 | generation of the file |
-//! | 16 | kind: 1 write, 2 decision, 3 done, 4 since, 5 complete |
-//! | 17 | strip (write), fate (decision) |
+//! | 16 | kind: 1 write, 2 decision, 3 done, 4 since, 5 complete, 6 announced |
+//! | 17 | strip (write, announced), fate (decision) |
 //! | 18..20 | 0 |
 //! | 20..24 | length of the payload |
 //! | 24..32 | object id |
@@ -24,7 +24,8 @@
 //! | 48..52 | CRC-32 of the bytes that are written |
 //!
 //! A write is logged before it is carried out: whether it was, the last field tells. Payload: the bytes that a write replaced;
-//! the numbers (4 bytes each) up to the highest that are not done.
+//! those of one that this node, as its gateway, is about to send to the other homes; the numbers (4 bytes each) up to the
+//! highest that are not done.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -48,6 +49,8 @@ const SEGMENT: u64 = 8 << 20;
 pub enum Record {
     /// A strip is about to be written.
     Write { oid: Oid, strip: u8, epoch: Epoch, id: WriteId, offset: u32, new: u32, old: Bytes },
+    /// A strip of this node will be written, and so will those of others, by this gateway.
+    Announced { oid: Oid, strip: u8, epoch: Epoch, id: WriteId, offset: u32, data: Bytes },
     /// Whether a write stands was decided.
     Decision { oid: Oid, epoch: Epoch, id: WriteId, fate: Fate },
     /// A gateway said that its writes up to `highest` are done, except `open`.
@@ -65,6 +68,9 @@ impl Record {
             Record::Write { oid, strip, epoch, id, offset, new, .. } => {
                 (1, *strip, *oid, *epoch, *id, *offset, *new)
             }
+            Record::Announced { oid, strip, epoch, id, offset, .. } => {
+                (6, *strip, *oid, *epoch, *id, *offset, 0)
+            }
             Record::Decision { oid, epoch, id, fate } => (2, *fate as u8, *oid, *epoch, *id, 0, 0),
             Record::Done { writer, highest, .. } => {
                 (3, 0, Oid(0), Epoch(0), WriteId { writer: *writer, seq: *highest }, 0, 0)
@@ -74,7 +80,7 @@ impl Record {
         };
         let numbers: Vec<u8>;
         let payload: &[u8] = match self {
-            Record::Write { old, .. } => old,
+            Record::Write { old: bytes, .. } | Record::Announced { data: bytes, .. } => bytes,
             Record::Done { open, .. } => {
                 numbers = open.iter().flat_map(|n| n.to_le_bytes()).collect();
                 &numbers
@@ -127,6 +133,14 @@ impl Record {
             },
             4 => Record::Since(epoch),
             5 => Record::Complete,
+            6 => Record::Announced {
+                oid,
+                strip: header[17],
+                epoch,
+                id,
+                offset,
+                data: Bytes::copy_from_slice(payload),
+            },
             _ => return None,
         };
         Some((record, u64::get(&header[8..]), end))
@@ -285,6 +299,14 @@ mod tests {
         let (log, before) = UndoLog::open(dir.path(), true);
         assert_eq!(before, None);
         let all = [
+            Record::Announced {
+                oid: Oid(5),
+                strip: 2,
+                epoch: Epoch(4),
+                id: ID,
+                offset: 512,
+                data: Bytes::from_static(b"new"),
+            },
             write(512, 3),
             Record::Decision { oid: Oid(5), epoch: Epoch(4), id: ID, fate: Fate::Undone },
             Record::Done { writer: 7, highest: 9, open: vec![8, 2] },

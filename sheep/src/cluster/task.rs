@@ -409,7 +409,8 @@ impl Task {
             // Before anybody sees the new view.
             self.sheep.tables.send_replace(false);
         }
-        if actions.contains(&Action::Publish) {
+        let published = actions.contains(&Action::Publish);
+        if published {
             self.sheep.gate.close().await;
         }
         for action in actions {
@@ -419,6 +420,11 @@ impl Task {
             }
         }
         self.sheep.recovery.launch();
+        // In this order: what is made equal here waits for the recovery of what is not whole.
+        let view = self.sheep.views.load();
+        if published && view.status == ClusterStatus::Ok {
+            settle::start(&self.sheep, view.epoch);
+        }
     }
 
     async fn act_one(&mut self, action: Action) {
@@ -488,9 +494,6 @@ impl Task {
         if self.state.joined && epoch.0 > 0 {
             self.sheep.intents.note(epoch);
         }
-        if status == ClusterStatus::Ok {
-            settle::start(&self.sheep, epoch);
-        }
     }
 
     fn save_config(&self) {
@@ -524,6 +527,7 @@ impl Task {
         }
         self.sheep.recovery.stop();
         self.sheep.tombstones.clear();
+        self.sheep.recovery.lacking.clear();
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store {
             let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);

@@ -15,6 +15,7 @@ use sheepdog_buffer::PageBuf;
 use sheepdog_erasure::{Code, STRIPE, StripeRange};
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{CopyPolicy, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
+use sheepdog_store::Replica;
 
 use super::replicas::{Failure, call, deciding};
 use crate::intents::WriteId;
@@ -83,6 +84,15 @@ impl Attempt<'_> {
         let homes = self.homes()?;
         let strips = encode(self.code, stripes, homes.len())?;
         let offset = range.strip_offset(self.code);
+        if opcode == Opcode::WRITE_PEER
+            && let Some(index) = homes.iter().position(|home| *home == self.sheep.me)
+        {
+            let replica = Replica { oid: self.oid, strip: Some(index as u8) };
+            let (epoch, data) = (self.view.epoch, strips[index].clone());
+            tokio::task::block_in_place(|| {
+                self.sheep.intents.announce(replica, self.id, epoch, offset.into(), data)
+            });
+        }
         let sends = homes.iter().zip(strips).enumerate().map(|(index, (node, strip))| {
             call(self.sheep, *node, self.request(opcode, index, offset).flag(Flags::WRITE), strip)
         });

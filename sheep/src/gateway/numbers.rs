@@ -3,7 +3,7 @@
 //! Every write carries a number. Homes remember it until they are told that the write is done: on all homes, or undone
 //! on all. What is not done when an epoch ends may be on some homes only ([`crate::settle`]).
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -35,6 +35,10 @@ struct State {
     last: u32,
     outstanding: BTreeSet<u32>,
     abandoned: Vec<(Instant, Epoch, u32)>,
+    /// Of outstanding writes: the epoch in which all homes had it.
+    succeeded: HashMap<u32, Epoch>,
+    /// Of outstanding writes: attempts up to this epoch count as failed.
+    barred: HashMap<u32, Epoch>,
     /// Homes written to since they were told last.
     untold: HashSet<NodeId>,
     /// Nodes of the original, which need not know.
@@ -53,6 +57,29 @@ impl Default for Numbers {
     fn default() -> Numbers {
         // 0 is what the original sends.
         Numbers { writer: rand::random_range(1..=u32::MAX), state: Mutex::default(), ended: Notify::new() }
+    }
+}
+
+/// What the homes of a write may take for granted about an attempt at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Outcome {
+    /// It was not written through this gateway.
+    Unknown = 0,
+    /// All homes had it; it may be acknowledged.
+    Acknowledged = 1,
+    /// It is not acknowledged for what was written in that epoch, and will not be.
+    Failed = 2,
+}
+
+impl Outcome {
+    /// From a byte of an answer.
+    pub fn of(byte: u8) -> Outcome {
+        match byte {
+            1 => Outcome::Acknowledged,
+            2 => Outcome::Failed,
+            _ => Outcome::Unknown,
+        }
     }
 }
 
@@ -76,11 +103,17 @@ impl Number {
         self.sent.load(Ordering::Acquire)
     }
 
+    /// An attempt in `epoch` succeeded. `false` = its homes were told before that it will not: it is undone where it is.
+    #[must_use]
+    pub fn succeed(&self, epoch: Epoch) -> bool {
+        self.sheep.gateway.numbers.state.lock().succeed(self.id.seq, epoch)
+    }
+
     /// All homes have the write, or none has it.
     pub fn done(mut self) {
         self.over = true;
         let numbers = &self.sheep.gateway.numbers;
-        numbers.state.lock().outstanding.remove(&self.id.seq);
+        numbers.state.lock().end(self.id.seq);
         numbers.ended.notify_one();
     }
 }
@@ -94,7 +127,45 @@ impl Drop for Number {
     }
 }
 
+impl State {
+    fn succeed(&mut self, seq: u32, epoch: Epoch) -> bool {
+        if self.barred.get(&seq).is_some_and(|barred| !barred.is_before(epoch)) {
+            return false;
+        }
+        self.succeeded.insert(seq, epoch);
+        true
+    }
+
+    fn outcome(&mut self, seq: u32, epoch: Epoch) -> Outcome {
+        if !self.outstanding.contains(&seq) {
+            return Outcome::Acknowledged; // it is over, and nothing of it was left behind
+        }
+        if self.succeeded.get(&seq) == Some(&epoch) {
+            return Outcome::Acknowledged;
+        }
+        let barred = self.barred.entry(seq).or_default();
+        *barred = epoch.max(*barred);
+        Outcome::Failed
+    }
+
+    fn end(&mut self, seq: u32) {
+        self.outstanding.remove(&seq);
+        self.succeeded.remove(&seq);
+        self.barred.remove(&seq);
+    }
+}
+
 impl Numbers {
+    /// What became of the attempts at these writes in `epoch`.
+    pub fn outcomes(&self, ids: &[WriteId], epoch: Epoch) -> Vec<Outcome> {
+        let mut state = self.state.lock();
+        let of = |id: &WriteId| match id.writer == self.writer {
+            true => state.outcome(id.seq, epoch),
+            false => Outcome::Unknown,
+        };
+        ids.iter().map(of).collect()
+    }
+
     /// Begins a write.
     pub fn begin(&self, sheep: &Arc<Sheep>) -> Number {
         let mut state = self.state.lock();
@@ -124,16 +195,14 @@ impl Numbers {
     fn news(&self, view: &View) -> (u32, Vec<u32>, HashSet<NodeId>) {
         let mut state = self.state.lock();
         let now = Instant::now();
-        let State { abandoned, outstanding, untold, deaf, .. } = &mut *state;
-        let before = abandoned.len();
-        abandoned.retain(|(at, epoch, seq)| {
-            let keep = now.duration_since(*at) < FORGET_AFTER || *epoch == view.epoch;
-            if !keep {
-                outstanding.remove(seq);
-            }
-            keep
-        });
-        if abandoned.len() < before {
+        let forgotten: Vec<u32> = state
+            .abandoned
+            .extract_if(.., |(at, epoch, _)| now.duration_since(*at) >= FORGET_AFTER && *epoch != view.epoch)
+            .map(|(_, _, seq)| seq)
+            .collect();
+        forgotten.iter().for_each(|seq| state.end(*seq));
+        if !forgotten.is_empty() {
+            let State { untold, deaf, .. } = &mut *state;
             untold.extend(view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node)));
         }
         // Homes that were written to are told until nothing is open: what is now will end without touching them again.
@@ -184,5 +253,28 @@ fn tell(sheep: &Arc<Sheep>) {
                 Err(_) => {}
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_reported_as_failed_does_not_succeed_later() {
+        let mut state = State { outstanding: [4, 5].into(), ..State::default() };
+        assert_eq!(state.outcome(4, Epoch(7)), Outcome::Failed);
+        assert!(!state.succeed(4, Epoch(6)) && !state.succeed(4, Epoch(7)));
+        assert!(state.succeed(4, Epoch(8)));
+        assert_eq!(state.outcome(4, Epoch(8)), Outcome::Acknowledged);
+        assert_eq!(
+            state.outcome(4, Epoch(7)),
+            Outcome::Failed,
+            "what was written in the older epoch is not needed"
+        );
+        assert!(state.succeed(5, Epoch(7)));
+        assert_eq!(state.outcome(5, Epoch(7)), Outcome::Acknowledged);
+        state.end(5);
+        assert_eq!(state.outcome(5, Epoch(7)), Outcome::Acknowledged);
     }
 }

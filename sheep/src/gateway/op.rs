@@ -139,7 +139,11 @@ impl Op {
         let id = number.map(Number::send).unwrap_or_default();
         if is_coded(oid, &kept) {
             let coded = Attempt { sheep, view, oid, code: code_of(kept.policy)?, id };
-            return self.attempt_coded(&coded, sheep.size_of(oid, view), scratch).await;
+            let data = self.attempt_coded(&coded, sheep.size_of(oid, view), scratch).await?;
+            return match number.is_none_or(|n| n.succeed(view.epoch)) {
+                true => Ok(data),
+                false => Err(ResultCode::OLD_NODE_VER.into()),
+            };
         }
         let request = |opcode, offset| request_for(opcode, oid, offset, view.epoch, kept.copies, id);
         let reading =

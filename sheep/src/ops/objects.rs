@@ -8,7 +8,7 @@ use futures_util::future::{BoxFuture, join_all};
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{HashResponse, ObjRequest};
 use sheepdog_proto::inode::table_offset;
-use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, Wire};
+use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode, Wire};
 use sheepdog_store::{DigestOf, StoreError, SyncMode};
 
 use super::{list, result};
@@ -147,13 +147,13 @@ async fn hash_of(
 pub fn repair_replica<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
         let body = request.forward();
-        let outcome = repair(sheep, body.oid, body.node()).await;
+        let outcome = repair(sheep, body.oid, body.node(), Flags::default()).await;
         result(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
     })
 }
 
-/// Replaces this node's replica by a copy of a member's. Writes in progress are not undone.
-pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), ResultCode> {
+/// Replaces this node's replica by a copy of a member's, read with `flags`. Writes in progress are not undone.
+pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId, flags: Flags) -> Result<(), ResultCode> {
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let view = sheep.views.load();
     let redundancy = sheep.redundancy(oid.vid(), &view);
@@ -163,6 +163,7 @@ pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId) -> Result<(), 
     }
     let size = oid.size(redundancy.block_size_shift);
     let read = Request::new(Opcode::READ_PEER)
+        .flag(flags)
         .epoch(view.epoch)
         .length(size as usize)
         .with_obj(ObjRequest { oid, ..ObjRequest::zeroed() });

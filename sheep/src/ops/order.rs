@@ -14,6 +14,8 @@ use super::{list, objects, result};
 use crate::gateway::grants::Verdict;
 use crate::gateway::object::is_coded;
 use crate::gateway::{hold, sequencer};
+use crate::intents::Fate;
+use crate::recovery::lacking;
 use crate::settle;
 use crate::sheep::Sheep;
 
@@ -30,6 +32,8 @@ pub fn is_settling(request: &Request) -> bool {
         order::READ_STRIP,
         order::WRITE_STRIP,
         order::DIGEST,
+        order::OUTCOME,
+        order::LOOSE,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -47,6 +51,8 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::PULL => pull(sheep, &request, &payload).await,
             order::DONE => done(sheep, &request, &payload),
             order::RECALL => return recall(sheep, &request, &payload),
+            order::OUTCOME => return outcome(sheep, &request, &payload),
+            order::LOOSE => return loose(sheep, &request),
             order::DECIDE => decide(sheep, &request, &payload).await,
             order::DIGEST => return objects::digest(sheep, &request).await,
             order::READ_STRIP => return read_strip(sheep, &request).await,
@@ -131,6 +137,16 @@ fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
     list(request, ids.iter().map(|id| sheep.intents.fate(body.oid, *id, written) as u8).collect())
 }
 
+fn outcome(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
+    let ids = settle::decode_ids(payload);
+    let outcomes = sheep.gateway.numbers.outcomes(&ids, Epoch(request.order().serial));
+    list(request, outcomes.iter().map(|outcome| *outcome as u8).collect())
+}
+
+fn loose(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    list(request, lacking::encode(&sheep.intents.loose()))
+}
+
 fn named_strip(request: &Request) -> Replica {
     let body = request.order();
     Replica { oid: body.oid, strip: Some(body.kind) }
@@ -164,6 +180,12 @@ async fn write_strip(
 async fn decide(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderResponse, ResultCode> {
     let body = request.order();
     let ids = settle::decode_ids(payload);
-    settle::decide(sheep, body.oid, body.kind == 1, &ids, Epoch(body.serial), request.epoch).await?;
+    // A node of an earlier version takes what is loose for kept.
+    let fate = match (body.kind, body.length) {
+        (1, 1) => Fate::Loose,
+        (1, _) => Fate::Kept,
+        _ => Fate::Undone,
+    };
+    settle::decide(sheep, body.oid, fate, &ids, Epoch(body.serial), request.epoch).await?;
     Ok(OrderResponse::zeroed())
 }

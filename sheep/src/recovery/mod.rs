@@ -5,6 +5,7 @@
 //! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
 //! recovered wait in [`Recovery::ready`] and put it first.
 
+pub mod lacking;
 pub mod object;
 pub mod round;
 pub mod strip;
@@ -18,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use parking_lot::Mutex;
 use sheepdog_proto::admin::{RECOVERY_OBJECTS, RECOVERY_PREPARE, RecoveryState, RecoveryThrottling};
 use sheepdog_proto::{Epoch, Oid};
+use sheepdog_store::{Replica, Store};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::cluster::state::Round;
@@ -106,6 +108,8 @@ pub struct Recovery {
     begun: Mutex<Option<Round>>,
     gathered: AtomicU32,
     throttling: Mutex<RecoveryThrottling>,
+    /// Strips here that must not be joined to those of others.
+    pub lacking: lacking::Lacking,
     gathered_path: PathBuf,
 }
 
@@ -122,6 +126,7 @@ impl Recovery {
             begun: Mutex::new(None),
             gathered: AtomicU32::new(gathered),
             throttling: Mutex::new(throttling),
+            lacking: lacking::Lacking::default(),
             gathered_path,
         };
         (recovery, receiver)
@@ -178,6 +183,8 @@ impl Recovery {
             tracing::warn!("cannot write {}: {error}", self.gathered_path.display());
         }
         let Some(store) = &sheep.store else { return };
+        sheep.intents.forget_loose(epoch);
+        self.lacking.forget(epoch);
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
             tokio::spawn(async move {
@@ -221,7 +228,7 @@ impl Recovery {
         let Some(active) = self.current.lock().clone() else { return true };
         let Some(store) = &sheep.store else { return true };
         match sheep.my_replica(oid, view) {
-            Some((replica, _)) if !store.exists(replica) => {}
+            Some((replica, size)) if !store.exists(replica) || is_damaged(store, replica, size) => {}
             _ => return true,
         }
         let done = {
@@ -245,6 +252,11 @@ impl Recovery {
         let _ = done.await;
         false
     }
+}
+
+/// Whether a replica of a data object, which is created at its full length, was cut off by the file system.
+pub fn is_damaged(store: &Store, replica: Replica, size: u64) -> bool {
+    replica.oid.is_data() && store.is_cut_off(replica, Epoch(0), size)
 }
 
 /// Moves working files that are not at home here to the stale area, with this suffix. `known_only`: leave objects of

@@ -18,8 +18,8 @@ use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::{DigestOf, Replica, StoreError};
 
-use super::Active;
 use super::tombstones::marked;
+use super::{Active, is_damaged};
 use crate::cluster::ops::epoch_log;
 use crate::gateway::coded::code_of;
 use crate::gateway::object::is_coded;
@@ -62,13 +62,10 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let Some((replica, size)) = sheep.my_replica(oid, &view) else { return Recovered::Nowhere };
     let redundancy = sheep.redundancy(oid.vid(), &view);
     if store.exists(replica) {
-        match store.is_cut_off(replica, view.epoch, size) && oid.is_data() {
+        match is_damaged(store, replica, size) {
             false => return Recovered::Here,
             true if is_coded(oid, &redundancy) => tracing::warn!("{replica} is cut off"),
-            true => {
-                mend(sheep, &view, oid, redundancy.copies).await;
-                return Recovered::Here;
-            }
+            true => return mend(sheep, &view, oid, redundancy.copies).await,
         }
     }
     if is_coded(oid, &redundancy) {
@@ -103,14 +100,24 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     }
 }
 
-/// A data object whose file was cut off (files are created at their full length) gets the content of another home.
-async fn mend(sheep: &Arc<Sheep>, view: &View, oid: Oid, copies: u8) {
+/// A data object whose file was cut off gets the content of another home. If none has it whole, it stays as it is.
+async fn mend(sheep: &Arc<Sheep>, view: &View, oid: Oid, copies: u8) -> Recovered {
+    let mut unknown = None;
     for home in view.ring.nodes_of(oid, copies.into()).filter(|n| n.nid != sheep.me) {
-        match repair(sheep, oid, home.nid).await {
-            Ok(()) => return tracing::warn!("{oid} was cut off, restored from {}", home.nid),
-            Err(code) => tracing::warn!("{oid} is cut off, {} cannot help: {code}", home.nid),
+        match repair(sheep, oid, home.nid, Flags::RECOVERY).await {
+            Ok(()) => {
+                tracing::warn!("{oid} was cut off, restored from {}", home.nid);
+                return Recovered::Here;
+            }
+            Err(code) => {
+                tracing::warn!("{oid} is cut off, {} cannot help: {code}", home.nid);
+                if !matches!(code, ResultCode::NO_OBJ | ResultCode::AGAIN | ResultCode::INVALID_PARMS) {
+                    unknown = Some(format!("it is cut off; {}: {code}", home.nid));
+                }
+            }
         }
     }
+    unknown.map_or(Recovered::Here, Recovered::Later)
 }
 
 /// The search cannot go on at `epoch`. The object waits, unless all members had everything since and nobody has anything

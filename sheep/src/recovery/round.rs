@@ -33,6 +33,9 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
     if !stash(sheep, active).await {
         return false;
     }
+    if !super::lacking::learn(sheep, active).await {
+        return false;
+    }
     let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
     let listed = list(sheep, active).await;
     early.abort();

@@ -200,6 +200,9 @@ impl Search<'_> {
         }
         let read = match before_open_writes(&self.sheep.intents, self.store, replica, 0, len).await {
             Ok(strip) => Ok(strip.ok_or(ResultCode::AGAIN)?),
+            Err(StoreError::NoObject) if self.sheep.recovery.lacking.has(self.store, replica, epoch) => {
+                return Err(ResultCode::AGAIN);
+            }
             Err(StoreError::NoObject) => self.store.read_stale(replica, epoch, 0, len).await,
             Err(error) => Err(error),
         };

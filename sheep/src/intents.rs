@@ -591,7 +591,7 @@ impl Intents {
             announced.into_iter().filter(|(_, a)| a.epoch == epoch).collect();
         announced.sort_by_key(|(id, _)| *id);
         for (id, Announced { replica, offset, data, .. }) in announced {
-            let missing = {
+            let (missing, logged) = {
                 let undo = self.undo.lock();
                 let all = || {
                     undo.get(&replica.oid).into_iter().flatten().filter(|u| Some(u.strip) == replica.strip)
@@ -602,24 +602,24 @@ impl Intents {
                     |u: &&Undo| u.id.writer != id.writer || (u.id.seq != id.seq && up_to(id.seq, u.id.seq));
                 let end = offset + data.len() as u64;
                 let covered = all().filter(newer).any(|u| u.offset < end && offset < u.offset + u.len);
-                mine.is_none_or(|u| u.torn && u.fate == Fate::Applied) && !covered
+                (mine.is_none_or(|u| u.torn && u.fate == Fate::Applied) && !covered, mine.is_some())
             };
             if !missing {
                 continue;
             }
             let Some(size) = store.file_len(replica) else { continue };
             let Ok(old) = store.read(replica, offset, data.len()).await else { continue };
-            let made_up = match self.keep(replica, id, epoch, offset, old, &data) {
+            // One that was begun has told what was there before.
+            let kept = if logged { Ok(()) } else { self.keep(replica, id, epoch, offset, old, &data) };
+            let made_up = match kept {
                 Ok(()) => store.write(replica, size, offset, data).await.map_err(|e| e.to_string()),
                 Err(error) => Err(error.to_string()),
             };
-            match made_up {
+            match &made_up {
                 Ok(()) => tracing::info!("{replica}: write {id:?} of epoch {epoch} is made up for"),
-                Err(error) => {
-                    self.failed(replica.oid, id, epoch);
-                    tracing::warn!("{replica}: write {id:?} of epoch {epoch} is not made up for: {error}");
-                }
+                Err(e) => tracing::warn!("{replica}: write {id:?} of epoch {epoch} is not made up for: {e}"),
             }
+            self.carried_out(replica.oid, id, epoch, made_up.is_ok());
         }
     }
 
@@ -660,10 +660,14 @@ impl Intents {
 
     /// A write of a strip failed.
     pub fn failed(&self, oid: Oid, id: WriteId, epoch: Epoch) {
+        self.carried_out(oid, id, epoch, false);
+    }
+
+    fn carried_out(&self, oid: Oid, id: WriteId, epoch: Epoch, whole: bool) {
         if let Some(all) = self.undo.lock().get_mut(&oid)
             && let Some(last) = all.iter_mut().rev().find(|u| u.id == id && u.epoch == epoch)
         {
-            last.torn = true;
+            last.torn = !whole;
         }
     }
 
@@ -924,8 +928,8 @@ impl Intents {
     /// Whether a write of `epoch` is known here that was carried out in part or not at all.
     pub fn is_torn(&self, oid: Oid, id: WriteId, epoch: Epoch) -> bool {
         let undo = self.undo.lock();
-        let mut mine = undo.get(&oid).into_iter().flatten().filter(|u| u.id == id && u.epoch == epoch);
-        mine.any(|u| u.torn && u.fate == Fate::Applied)
+        let mut all = undo.get(&oid).into_iter().flatten().rev();
+        all.find(|u| u.id == id && u.epoch == epoch).is_some_and(|u| u.torn && u.fate == Fate::Applied)
     }
 
     /// Whether the write of `epoch` stands was decided, and done here. Blocks until that is on disk.
@@ -1138,6 +1142,8 @@ mod tests {
             }
             assert_eq!(found, [&b"new"[..], b"new", b"---", b"---", b"---"]);
             assert_eq!(again.fate(Oid(1), id(1), Epoch(4)), Fate::Applied);
+            assert_eq!(again.fate(Oid(2), id(2), Epoch(4)), Fate::Applied);
+            assert_eq!(again.to_undo(Oid(2), id(2), Epoch(4)).len(), 1);
             assert_eq!(again.fate(Oid(3), id(3), Epoch(4)), Fate::Absent);
         }
     }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use sheepdog_erasure::STRIPE;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
@@ -49,9 +49,9 @@ const ASK_DEADLINE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(300);
 /// Between two looks at them.
 const QUIET_PAUSE: Duration = Duration::from_millis(5);
-/// How long it waits to be decided about a write that nobody acknowledged for sure, when so few of its homes are here that
-/// they could not serve it.
-const HOMES_WAIT: Duration = Duration::from_secs(20);
+/// How long it waits to be decided about a write of which nobody knows whether it was acknowledged, when so few of its homes
+/// are here that they could not serve it, or a member does not answer that may be its gateway.
+const KNOW_WAIT: Duration = Duration::from_secs(20);
 /// Bytes read at once when regions are taken over.
 const STEP: u64 = 1 << 20;
 /// Bytes of each strip looked at together when parity is mended; whole units for every code.
@@ -339,7 +339,7 @@ async fn settle_strips(
     ids: &[WriteId],
     epoch: Epoch,
 ) -> Result<(), ResultCode> {
-    let homes = old_homes(sheep, oid, written).await?;
+    let (homes, _) = old_homes(sheep, oid, written).await?;
     let leader = *homes.first().ok_or(ResultCode::WAIT_FOR_JOIN)?;
     if leader == sheep.me {
         return judge(sheep, oid, written, ids, epoch).await;
@@ -351,13 +351,15 @@ async fn settle_strips(
     }
 }
 
-/// The homes of strips at epoch `written` that are members now.
-async fn old_homes(sheep: &Arc<Sheep>, oid: Oid, written: Epoch) -> Result<Vec<NodeId>, ResultCode> {
+/// The homes of strips at epoch `written` that are members now, and whether those are all.
+async fn old_homes(sheep: &Arc<Sheep>, oid: Oid, written: Epoch) -> Result<(Vec<NodeId>, bool), ResultCode> {
     let view = sheep.views.load();
     let log = epoch_log(sheep, written).await.ok_or(ResultCode::AGAIN)?;
     let ring = Ring::new(log.nodes, Weights::of_cluster(view.flags)).map_err(|_| ResultCode::AGAIN)?;
     let copies = sheep.redundancy(oid.vid(), &view).copies;
-    Ok(ring.nodes_of(oid, copies.into()).map(|n| n.nid).filter(|n| view.is_member(n)).collect())
+    let (here, away): (Vec<NodeId>, Vec<NodeId>) =
+        ring.nodes_of(oid, copies.into()).map(|n| n.nid).partition(|n| view.is_member(n));
+    Ok((here, away.is_empty()))
 }
 
 /// Decides about writes of strips and tells their homes.
@@ -371,7 +373,7 @@ pub async fn judge(
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
     let view = member_at(sheep, epoch).await?;
     let code = code_of(sheep.redundancy(oid.vid(), &view).policy)?;
-    let homes = old_homes(sheep, oid, written).await?;
+    let (homes, all_here) = old_homes(sheep, oid, written).await?;
     let mut fates: HashMap<WriteId, Vec<Fate>> = HashMap::new();
     for home in &homes {
         let answers = if *home == sheep.me {
@@ -393,22 +395,27 @@ pub async fn judge(
     for id in ids {
         match verdict(fates.get(id).map_or(&[][..], |f| f)) {
             Some(fate) => give(*id, fate),
-            None if homes.len() >= code.strips() => give(*id, Fate::Kept),
+            None if all_here => give(*id, Fate::Kept),
             None => open.push(*id),
         }
     }
     // What all have that are left: a home that is away may lack it. Its gateway knows.
-    let outcomes = if open.is_empty() { Vec::new() } else { outcomes(sheep, &open, written, epoch).await? };
+    let (outcomes, all_answered) = match open.is_empty() {
+        true => (Vec::new(), true),
+        false => outcomes(sheep, &open, written, epoch).await,
+    };
     let mut undecided = false;
     for (id, outcome) in open.iter().zip(outcomes) {
         let having = fates.get(id).into_iter().flatten().filter(|f| **f == Fate::Applied).count();
+        // Those that are here cannot serve it: the others come back and tell, or are lost.
+        let enough = all_answered && having >= code.data_strips();
         match outcome {
             Outcome::Acknowledged => give(*id, Fate::Kept),
             Outcome::Failed => give(*id, Fate::Undone),
-            Outcome::Unknown if having >= code.data_strips() => give(*id, Fate::Loose),
-            // Those that are here cannot serve it: the others come back and tell, or are lost.
-            Outcome::Unknown if sheep.intents.may_wait(oid, written, HOMES_WAIT) => undecided = true,
-            Outcome::Unknown => give(*id, Fate::Loose),
+            Outcome::Unknown if enough || !sheep.intents.may_wait(oid, written, KNOW_WAIT) => {
+                give(*id, Fate::Loose);
+            }
+            Outcome::Unknown => undecided = true,
         }
     }
     let [kept, loose, undone] = verdicts.each_ref().map(|(_, ids)| ids.len());
@@ -421,27 +428,27 @@ pub async fn judge(
     if undecided { Err(ResultCode::AGAIN) } else { Ok(()) }
 }
 
-/// What became of writes at their gateways, whichever members those are.
-async fn outcomes(
-    sheep: &Arc<Sheep>,
-    ids: &[WriteId],
-    written: Epoch,
-    epoch: Epoch,
-) -> Result<Vec<Outcome>, ResultCode> {
+/// What became of writes at their gateways, whichever members those are, and whether all members were heard that had to be.
+async fn outcomes(sheep: &Arc<Sheep>, ids: &[WriteId], written: Epoch, epoch: Epoch) -> (Vec<Outcome>, bool) {
     let mut out = sheep.gateway.numbers.outcomes(ids, written);
     let view = sheep.views.load();
     let body = OrderRequest { what: order::OUTCOME, serial: written.0, ..OrderRequest::zeroed() };
     let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
-    let answers = join_all(others.map(|node| ask_about(sheep, node, body, ids, epoch))).await;
-    for answer in answers {
+    let mut answers: FuturesUnordered<_> =
+        others.map(|node| ask_about(sheep, node, body, ids, epoch)).collect();
+    let mut all_answered = true;
+    while out.contains(&Outcome::Unknown)
+        && let Some(answer) = answers.next().await
+    {
+        all_answered &= answer.is_ok();
         // A node of the original is no gateway of such a write.
-        for (known, byte) in out.iter_mut().zip(answer?.unwrap_or_default()) {
+        for (known, byte) in out.iter_mut().zip(answer.ok().flatten().unwrap_or_default()) {
             if *known == Outcome::Unknown {
                 *known = Outcome::of(byte);
             }
         }
     }
-    Ok(out)
+    (out, all_answered)
 }
 
 /// Asks about writes: a byte for each, `None` from a node of the original.

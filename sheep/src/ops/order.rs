@@ -50,7 +50,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::SETTLE => settle(sheep, &request, &payload).await,
             order::PULL => pull(sheep, &request, &payload).await,
             order::DONE => done(sheep, &request, &payload),
-            order::RECALL => return recall(sheep, &request, &payload),
+            order::RECALL => return recall(sheep, &request, &payload).await,
             order::OUTCOME => return outcome(sheep, &request, &payload),
             order::LOOSE => return loose(sheep, &request),
             order::DECIDE => decide(sheep, &request, &payload).await,
@@ -130,9 +130,13 @@ fn done(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderRe
     Ok(OrderResponse::zeroed())
 }
 
-fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
+async fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
     let body = request.order();
     let written = Epoch(body.serial);
+    // Later than in that epoch: what is not here by then does not come any more.
+    if let Err(code) = sequencer::member_at(sheep, request.epoch).await {
+        return result(request, code);
+    }
     let ids = settle::decode_ids(payload);
     list(request, ids.iter().map(|id| sheep.intents.fate(body.oid, *id, written) as u8).collect())
 }

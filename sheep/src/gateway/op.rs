@@ -44,11 +44,16 @@ pub enum Op {
     },
 }
 
+/// So often a home may lack an object that it was just given, because its disk is failing at that moment.
+const HEALS: u32 = 20;
+
 /// What an attempt leaves for the next one in the same epoch.
 #[derive(Default)]
 pub struct Scratch {
     /// Homes that lack the object get it first. Needs the turn of the whole object.
     pub heal: bool,
+    /// How often a home lacked it nevertheless.
+    pub(super) healed: u32,
     /// The whole stripes that a write of part of a coded object replaces; read once, before any strip is sent.
     pub(super) stripes: Option<Bytes>,
 }
@@ -128,6 +133,25 @@ impl Op {
     /// One attempt in one epoch. The caller holds the turn of [`Op::range`]. `STALE_OBJ` = some homes have the object and
     /// some do not: heal.
     pub async fn attempt(
+        &self,
+        sheep: &Arc<Sheep>,
+        view: &View,
+        oid: Oid,
+        kept: Redundancy,
+        scratch: &mut Scratch,
+        number: Option<&Number>,
+    ) -> Result<Bytes, Failure> {
+        let outcome = self.attempt_once(sheep, view, oid, kept, scratch, number).await;
+        match outcome {
+            Err(Failure { code: ResultCode::STALE_OBJ, .. }) if scratch.heal && scratch.healed < HEALS => {
+                scratch.healed += 1;
+                Err(ResultCode::NETWORK_ERROR.into())
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn attempt_once(
         &self,
         sheep: &Arc<Sheep>,
         view: &View,

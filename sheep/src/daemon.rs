@@ -101,6 +101,7 @@ async fn serve(
     readiness: &mut Option<Readiness>,
 ) -> Result<i32, String> {
     let text = |e: start::StartError| e.to_string();
+    let starting = tokio::spawn(end_before_join(new_signals()?));
     let (handle, commands) = ClusterHandle::new();
     let mut config = start::configuration(&meta, options).map_err(text)?;
     let history = Arc::new(OnceLock::new());
@@ -171,7 +172,8 @@ async fn serve(
 
     // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs. Who sees it as
     // a member may tell it to end.
-    let signals = Signals::new().map_err(|e| format!("cannot handle signals: {e}"))?;
+    let signals = new_signals()?;
+    starting.abort();
     let nbd_listeners = crate::nbd::bind(options).await?;
     let pidfile = match &options.pidfile {
         Some(path) => Some(
@@ -356,6 +358,20 @@ impl Signals {
 async fn terminate(sheep: &Arc<Sheep>, nbd: crate::nbd::Running) {
     let _ = tokio::time::timeout(DRAIN, crate::nbd::stop(nbd)).await;
     sheep.cluster.kill();
+}
+
+fn new_signals() -> Result<Signals, String> {
+    Signals::new().map_err(|e| format!("cannot handle signals: {e}"))
+}
+
+/// Told to end while it is starting, the daemon has nothing to hand over.
+async fn end_before_join(mut signals: Signals) {
+    tokio::select! {
+        _ = signals.terminate.recv() => {}
+        _ = signals.interrupt.recv() => {}
+    }
+    tracing::info!("told to end before it joined");
+    std::process::exit(0);
 }
 
 /// Waits until the cluster, an operator or a signal ends the daemon and its requests are answered.

@@ -317,6 +317,7 @@ fn assemble(
         tombstones: Tombstones::open(meta.path()),
         disks: Disks::default(),
         tables: watch::Sender::new(true),
+        lock_grace: options.lock_grace,
         stats: Stats::default(),
         outstanding: Outstanding::default(),
     });

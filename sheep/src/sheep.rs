@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use sheepdog_proto::{NodeId, Oid, VdiId};
 use sheepdog_store::{MetaDir, Replica, Store};
@@ -56,6 +57,8 @@ pub struct Sheep {
     pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.
     pub tables: watch::Sender<bool>,
+    /// How long a node may be gone before VDIs locked through it are released; `None` = for ever.
+    pub lock_grace: Option<Duration>,
     /// Counters.
     pub stats: Stats,
     /// Requests in progress, and how to learn that there are none.

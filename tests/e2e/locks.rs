@@ -159,3 +159,34 @@ fn a_snapshot_takes_the_lock_along() {
     assert_eq!(lock_state(&cluster, fourth), json!({"lock_state": "UNLOCKED"}));
     assert_eq!(lock(1, 1), ResultCode::SUCCESS);
 }
+
+/// 05, 16: with `--lock-grace` the lock of a node that is gone for so long is released, and only then.
+#[test]
+fn locks_of_a_lost_node_are_released_after_the_grace() {
+    let flags = ClusterFlags::AUTO_VNODES.with(ClusterFlags::USE_LOCK);
+    let mut cluster = Builder::new(4).flags(flags).arg("--lock-grace").arg("8").start();
+    let lock = |cluster: &Cluster, node: usize, name: &str| {
+        cluster.nodes[node].client().vdi_op(Opcode::LOCK_VDI, name, Some(""), VdiRequest::zeroed()).result
+    };
+    let [lost, kept] = ["lost", "kept"].map(|name| cluster.nodes[0].client().create_vdi(name, 4 << 20));
+    let (lost, kept) = (lost.expect("create"), kept.expect("create"));
+    assert_eq!(lock(&cluster, 3, "lost"), ResultCode::SUCCESS);
+    assert_eq!(lock(&cluster, 2, "kept"), ResultCode::SUCCESS);
+    cluster.kill9(3);
+    cluster.wait_epoch(2);
+    assert_eq!(lock(&cluster, 0, "lost"), ResultCode::VDI_LOCKED);
+    // The same for a node that is back in time.
+    cluster.kill9(2);
+    cluster.wait_epoch(3);
+    cluster.start(2);
+    cluster.wait_epoch(4);
+    wait_for("the lock to be released", std::time::Duration::from_secs(30), || {
+        (lock(&cluster, 1, "lost") == ResultCode::SUCCESS).then_some(())
+    });
+    assert_eq!(lock_state(&cluster, lost), json!({"lock_state": "LOCKED", "owner_node": 1}));
+    wait_for("the grace to pass for node 2", std::time::Duration::from_secs(30), || {
+        (0..2).any(|n| cluster.nodes[n].log().contains("is back within the grace")).then_some(())
+    });
+    assert_eq!(lock_state(&cluster, kept), json!({"lock_state": "LOCKED", "owner_node": 2}));
+    assert_eq!(lock(&cluster, 1, "kept"), ResultCode::VDI_LOCKED);
+}

@@ -9,8 +9,8 @@ use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
 use sheepdog_proto::node::decode_nodes;
 use sheepdog_proto::{
-    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NodeRecord, Request, Response, ResultCode,
-    VdiId, Wire, cstr,
+    CopyPolicy, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NodeId, NodeRecord, Request, Response,
+    ResultCode, VdiId, Wire, cstr,
 };
 use sheepdog_store::Layout;
 
@@ -321,11 +321,20 @@ pub fn release_vdi<'a>(
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let body = message.request.vdi();
+        let vid = body.base_vdi_id;
+        // For a node that is gone: only what it still owns.
+        let owner = NodeId::decode(&message.data).ok();
         if task.sheep.vdis.is_collecting() {
-            task.lock_log.push(LockChange::Release(body.base_vdi_id, sender.nid, body.lock_type));
+            task.lock_log.push(match owner {
+                Some(owner) => LockChange::ReleaseOfLost(vid, owner),
+                None => LockChange::Release(vid, sender.nid, body.lock_type),
+            });
             return ResultCode::SUCCESS;
         }
-        task.sheep.vdis.with_lock(body.base_vdi_id, |lock| lock.release(sender.nid, body.lock_type));
+        task.sheep.vdis.with_lock(vid, |lock| match owner {
+            Some(owner) => lock.release_of(owner),
+            None => lock.release(sender.nid, body.lock_type),
+        });
         ResultCode::SUCCESS
     })
 }

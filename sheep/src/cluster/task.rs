@@ -19,6 +19,7 @@ use crate::recovery;
 use crate::settle;
 use crate::sheep::Sheep;
 use crate::start;
+use crate::vdi::locks::release_of_lost;
 use crate::view::View;
 
 /// A call that must reach the driver in this order.
@@ -68,6 +69,8 @@ pub struct Task {
 pub enum LockChange {
     /// LOCK_VDI of a vid by a node, with its type.
     Acquire(VdiId, NodeId, u32),
+    /// RELEASE_VDI for a node that is gone.
+    ReleaseOfLost(VdiId, NodeId),
     /// RELEASE_VDI.
     Release(VdiId, NodeId, u32),
     /// A snapshot was taken; this is the new working VDI.
@@ -285,6 +288,9 @@ impl Task {
                 LockChange::Release(vid, node, kind) => {
                     vdis.with_lock(vid, |lock| lock.release(node, kind));
                 }
+                LockChange::ReleaseOfLost(vid, owner) => {
+                    vdis.with_lock(vid, |lock| lock.release_of(owner));
+                }
                 LockChange::CarriedOver(vid) => vdis.carry_lock_over(vid),
                 LockChange::Cohered(vid, node, validate) => {
                     vdis.with_lock(vid, |lock| lock.cohere(node, validate));
@@ -471,6 +477,9 @@ impl Task {
             Action::DropNode(node) => {
                 self.sheep.peers.forget(&node);
                 self.sheep.vdis.for_each_lock(|lock| lock.drop_participant(node));
+                if let Some(grace) = self.sheep.lock_grace {
+                    tokio::spawn(release_of_lost(self.sheep.clone(), node, grace));
+                }
                 if self.sheep.vdis.is_collecting() {
                     self.lock_log.push(LockChange::Left(node));
                 }

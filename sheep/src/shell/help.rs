@@ -6,6 +6,8 @@ use sheepdog_getopt::Opt;
 
 /// Stands for `--nbd`, which has no letter.
 pub const NBD: char = '\u{1}';
+/// Stands for `--lock-grace`.
+pub const LOCK_GRACE: char = '\u{4}';
 /// Stands for `--cache`.
 pub const CACHE: char = '\u{2}';
 
@@ -46,6 +48,11 @@ pub const OPTIONS: &[Opt] = &[
     value('y', "myaddr", "specify the address advertised to other sheep"),
     value('z', "zone", "specify the zone id (default: determined by listen address)"),
     value(CACHE, "cache", "use an object cache on this node (default: disabled)"),
+    value(
+        LOCK_GRACE,
+        "lock-grace",
+        "release VDI locks of a node that is gone for so long (default: disabled)",
+    ),
     value(NBD, "nbd", "serve volumes over NBD (default: disabled)"),
     flag('d', "debug", ""),
     value('F', "log-format", ""),
@@ -110,6 +117,7 @@ pub fn detail(short: char) -> Option<String> {
         'y' => MYADDR,
         'z' => ZONE,
         CACHE => CACHE_DETAIL,
+        LOCK_GRACE => LOCK_GRACE_DETAIL,
         NBD => NBD_DETAIL,
         _ => return None,
     };
@@ -189,6 +197,12 @@ sheep --cache size=SIZE[,dir=DIRECTORY][,directio]: keep objects of volumes used
 \tsize=     size of the cache, 10M to 4194304G
 \tdir=      where to keep it (default: the store directory)
 \tdirectio  bypass the page cache
+";
+
+const LOCK_GRACE_DETAIL: &str = "\
+sheep --lock-grace SECONDS: a VDI that is locked through a node which left the cluster, and has not returned after so
+\tmany seconds, can be opened again. The machine that used it must be off by then: a client that goes on through another
+\tnode is not noticed
 ";
 
 const NBD_DETAIL: &str = "\

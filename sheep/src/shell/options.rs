@@ -6,12 +6,13 @@
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sheepdog_cluster::{DEFAULT_DRIVER, DriverError, select};
 use sheepdog_getopt::{Error as GetoptError, Item, Parser};
 use sheepdog_proto::DEFAULT_PORT;
 
-use super::help::{self, CACHE, NBD, OPTIONS};
+use super::help::{self, CACHE, LOCK_GRACE, NBD, OPTIONS};
 use super::log_format::{Format, Severity};
 use super::suboptions::{self, CacheOptions, HttpOptions, JournalOptions, RecoveryThrottle, WorkQueue};
 
@@ -74,6 +75,8 @@ pub struct Options {
     pub my_addr: Option<IpAddr>,
     /// `-z`: failure domain. `None` = derived from the address.
     pub zone: Option<u32>,
+    /// `--lock-grace`: how long a node may be gone before VDIs locked through it are released.
+    pub lock_grace: Option<Duration>,
     /// `--nbd`: where to serve volumes over NBD.
     pub nbd: Vec<NbdAddr>,
     /// `--cache`.
@@ -216,6 +219,7 @@ struct Given {
     max_dynamic_threads: Option<u32>,
     my_addr: Option<IpAddr>,
     zone: Option<u32>,
+    lock_grace: Option<Duration>,
     nbd: Vec<NbdAddr>,
     cache: Option<CacheOptions>,
     path: Option<String>,
@@ -258,6 +262,10 @@ impl Given {
                 None => return refuse(format!("Invalid address: '{value}'")),
             },
             'z' => self.zone = Some(ranged("zone id", value, 0, u32::MAX.into())? as u32),
+            LOCK_GRACE => {
+                let seconds = ranged("lock grace", value, 1, u32::MAX.into())?;
+                self.lock_grace = Some(Duration::from_secs(seconds));
+            }
             NBD => self.nbd.push(nbd_addr(value)?),
             CACHE => self.cache = Some(suboptions::cache(value)?),
             other => return refuse(format!("sheep: option '{other}' has no handler")),
@@ -309,6 +317,7 @@ impl Given {
             max_dynamic_threads: self.max_dynamic_threads,
             my_addr: self.my_addr,
             zone: self.zone,
+            lock_grace: self.lock_grace,
             nbd: self.nbd,
             cache: self.cache,
             base,

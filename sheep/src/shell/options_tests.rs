@@ -39,7 +39,7 @@ fn every_option_reaches_its_field() {
     let o = options(
         "-b 192.168.2.11 -c local:/q -D -f -n -p 7001 -P /run/p -R max=5,interval=100 -u -V 64 -w net=2,async=1 -W \
          -x 9 -y ::1 -z 4294967295 -i host=10.0.0.1,port=7009 -l level=debug,dir=/tmp,format=json --nbd unix:/n \
-         --nbd=tcp:[::1]:10809 /m,/d1//,/d2 ignored",
+         --lock-grace=30 --nbd=tcp:[::1]:10809 /m,/d1//,/d2 ignored",
     );
     assert_eq!(o.bind, "192.168.2.11".parse().ok());
     assert_eq!(o.cluster, "local:/q");
@@ -53,6 +53,7 @@ fn every_option_reaches_its_field() {
     assert_eq!(o.io_addr, "10.0.0.1:7009".parse().ok());
     assert_eq!((o.log.level, o.log.format, o.log_dir()), (Severity::Debug, Format::Json, Path::new("/tmp")));
     assert_eq!(o.nbd, [NbdAddr::Unix("/n".into()), NbdAddr::Tcp("::1".into(), 10809)]);
+    assert_eq!(o.lock_grace, Some(std::time::Duration::from_secs(30)));
     assert_eq!(o.base, Path::new("/m"));
     assert_eq!(o.disks, [Path::new("/d1"), Path::new("/d2")]);
     assert_eq!(o.notices.len(), 2, "-w and -x have no effect, which is said: {:?}", o.notices);
@@ -137,6 +138,7 @@ fn bad_arguments_are_refused_with_the_known_lines() {
         ("-r port=0", "Invalid port number '0'"),
         ("--cache size=9M", "Invalid cache option '9M': size must be between between 10M and 4194304G"),
         ("--cache directio", "object cache size is not set"),
+        ("--lock-grace 0", "Invalid lock grace '0': must be an integer between 1 and 4294967295"),
         ("--nbd 10809", "Invalid NBD address '10809': must be unix:PATH or tcp:HOST:PORT"),
         ("--nbd tcp:h:0", "Invalid NBD address 'tcp:h:0': must be unix:PATH or tcp:HOST:PORT"),
         ("--nbd tcp:::1:10809", "Invalid NBD address 'tcp:::1:10809': must be unix:PATH or tcp:HOST:PORT"),
@@ -242,6 +244,7 @@ Options:
   -y, --myaddr            specify the address advertised to other sheep
   -z, --zone              specify the zone id (default: determined by listen address)
       --cache             use an object cache on this node (default: disabled)
+      --lock-grace        release VDI locks of a node that is gone for so long (default: disabled)
       --nbd               serve volumes over NBD (default: disabled)
 
 Try 'sheep <option>', e.g., 'sheep -w', to get more detail about specific option

@@ -1,7 +1,14 @@
 //! Locks of a VDI: pure transitions, executed on every node in event order (spec 05, sections 16 and 17).
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::vdi_state::{self, VdiState};
-use sheepdog_proto::{MAX_COPIES, NodeId, ResultCode, Wire};
+use sheepdog_proto::{Flags, MAX_COPIES, NodeId, Opcode, Request, ResultCode, Wire};
+
+use crate::sheep::Sheep;
 
 /// `type` of LOCK_VDI and RELEASE_VDI: one owner.
 pub const TYPE_NORMAL: u32 = 0;
@@ -55,6 +62,13 @@ impl Lock {
             (Lock::Locked(_), TYPE_NORMAL) => *self = Lock::Unlocked,
             (Lock::Shared(_), TYPE_SHARED) => self.drop_participant(node),
             _ => {}
+        }
+    }
+
+    /// Releases a normal lock if it is that of `owner`.
+    pub fn release_of(&mut self, owner: NodeId) {
+        if *self == Lock::Locked(owner) {
+            *self = Lock::Unlocked;
         }
     }
 
@@ -138,6 +152,26 @@ impl Lock {
                 Lock::Shared(list.collect())
             }
             _ => Lock::Unlocked,
+        }
+    }
+}
+
+/// Releases what was locked through `node` if it is still gone after the grace (spec 05, section 16). All nodes with the
+/// option do; the request names the owner, so that nobody loses a lock taken meanwhile.
+pub async fn release_of_lost(sheep: Arc<Sheep>, node: NodeId, grace: Duration) {
+    tokio::time::sleep(grace).await;
+    for vid in sheep.vdis.locked_by(node) {
+        if sheep.views.load().is_member(&node) {
+            return tracing::info!("{node} is back within the grace and keeps its locks");
+        }
+        let body = VdiRequest { base_vdi_id: vid, lock_type: TYPE_NORMAL, ..VdiRequest::zeroed() };
+        let owner = Bytes::from(node.encode());
+        let request = Request::new(Opcode::RELEASE_VDI).flag(Flags::WRITE).length(owner.len()).with_vdi(body);
+        match sheep.cluster.submit_internal(request, owner).await.response.result {
+            ResultCode::SUCCESS => {
+                tracing::warn!("released the lock of {vid:?}: {node} is gone for {} s", grace.as_secs());
+            }
+            code => tracing::error!("cannot release the lock of {vid:?}: {code}"),
         }
     }
 }

@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
 use sheepdog_proto::vdi_state::{self, VdiState};
 use sheepdog_proto::{
-    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NR_VDIS,
+    CopyPolicy, DEFAULT_BLOCK_SHIFT, Epoch, MAX_BLOCK_SHIFT, MAX_COPIES, MIN_BLOCK_SHIFT, NR_VDIS, NodeId,
     ResultCode, VDI_BITMAP_LEN, VdiId,
 };
 
@@ -320,6 +320,12 @@ impl VdiTable {
     /// Runs `change` on every lock (a node left).
     pub fn for_each_lock(&self, mut change: impl FnMut(&mut Lock)) {
         self.tables.write().entries.values_mut().for_each(|e| change(&mut e.lock));
+    }
+
+    /// VDIs that are locked through `node` alone.
+    pub fn locked_by(&self, node: NodeId) -> Vec<VdiId> {
+        let t = self.tables.read();
+        t.entries.iter().filter(|(_, e)| e.lock == Lock::Locked(node)).map(|(vid, _)| *vid).collect()
     }
 
     /// Every known vid, ascending.

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use sheepdog_proto::admin::SdStat;
 use sheepdog_proto::{Flags, Opcode, Request};
 
+use crate::recovery::pace::Clients;
+
 /// Counters of one class of requests.
 #[derive(Default)]
 struct Class {
@@ -23,6 +25,8 @@ struct Class {
 pub struct Stats {
     gateway: Class,
     peer: Class,
+    /// When a client was last served, by this node's gateway or from its disks.
+    pub clients: Clients,
 }
 
 /// Counts a request as active until dropped.
@@ -58,11 +62,15 @@ impl Class {
 impl Stats {
     /// Counts a gateway request (FLUSH_VDI is one).
     pub fn gateway(&self, request: &Request) -> Active<'_> {
+        self.clients.seen();
         self.gateway.begin(request)
     }
 
     /// Counts a peer request.
     pub fn peer(&self, request: &Request) -> Active<'_> {
+        if !request.flags.contains(Flags::RECOVERY) {
+            self.clients.seen();
+        }
         self.peer.begin(request)
     }
 

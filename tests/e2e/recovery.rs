@@ -248,6 +248,34 @@ fn throttled_recovery_takes_its_time_and_requests_do_not_wait_for_it() {
     cluster.assert_replicas_equal(2);
 }
 
+/// A round that rests for an hour between two objects goes on as soon as it need not any more.
+#[test]
+fn a_change_of_the_throttle_takes_effect_at_once() {
+    let mut cluster = Builder::new(3).copies(2).start();
+    cluster.kill9(2);
+    cluster.wait_gathered();
+    let vdi = filled(&mut cluster, "rests", 24);
+    cluster.wipe(2);
+    cluster.nodes[2].args_mut().extend(["-R".into(), "max=1,interval=3600000".into()]);
+    cluster.start(2);
+    cluster.wait_running();
+    let finished = |cluster: &mut Cluster| cluster.recovery(2).map_or(0, |s| s.nr_finished);
+    wait("the first object", || finished(&mut cluster) > 0);
+    // Who asks for an object does not wait for the hour to pass.
+    let mut client = cluster.nodes[2].client();
+    for block in 20..24 {
+        let written = client.write_obj(Oid::data(vdi.vid(), block), 4096, &[1; 512]).expect("write");
+        assert_eq!(written, ResultCode::SUCCESS);
+    }
+    let before = finished(&mut cluster);
+    cluster.dog_at(2, &["node", "recovery", "set-throttle", "4", "3600000"], &[]).ok();
+    wait("three more objects", || finished(&mut cluster) >= before + 3);
+    cluster.dog_at(2, &["node", "recovery", "set-throttle", "0", "0"], &[]).ok();
+    cluster.wait_gathered();
+    assert_filled(&mut cluster, vdi.vid(), 20);
+    cluster.assert_replicas_equal(2);
+}
+
 /// A10: metadata first. Seen from outside by throttling: inodes are there before most of the data.
 #[test]
 fn metadata_is_recovered_before_data() {

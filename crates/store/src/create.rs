@@ -31,6 +31,10 @@ use crate::worker::SMALL;
 /// What creates leave free by default: a 200th of the disk, at most this many bytes.
 const MAX_RESERVE: u64 = 64 << 20;
 
+/// Recovered objects are written in pieces of so many bytes: the device works on one piece at a time, and a client's write
+/// waits for a piece, not for an object. Larger pieces are hardly faster.
+const PIECE: usize = 512 << 10;
+
 struct Slot {
     store: Arc<Inner>,
     claim: Claim,
@@ -172,7 +176,8 @@ fn fill(path: &Path, create: &Create, durable: bool) -> io::Result<()> {
     if keep.len() as u64 != size {
         extend(&file, size, sparse)?;
     }
-    store_bytes(&file, data.slice(keep), at, durable)?;
+    let piece = if create.if_absent { PIECE } else { usize::MAX };
+    store_bytes(&file, data.slice(keep), at, durable, piece)?;
     if durable { file.sync_all() } else { Ok(()) }
 }
 
@@ -188,8 +193,8 @@ pub(crate) fn extend(file: &File, size: u64, sparse: bool) -> io::Result<()> {
     file.set_len(size)
 }
 
-/// Writes the payload; large aligned ones directly to the device.
-fn store_bytes(file: &File, data: Bytes, at: u64, durable: bool) -> io::Result<()> {
+/// Writes the payload; large aligned ones directly to the device, at most `piece` bytes at once.
+fn store_bytes(file: &File, data: Bytes, at: u64, durable: bool, piece: usize) -> io::Result<()> {
     let aligned = at.is_multiple_of(BLOCK)
         && (data.len() as u64).is_multiple_of(BLOCK)
         && (data.as_ptr() as usize).is_multiple_of(PAGE);
@@ -197,12 +202,22 @@ fn store_bytes(file: &File, data: Bytes, at: u64, durable: bool) -> io::Result<(
         && aligned
         && data.len() >= SMALL
         && let Ok(direct) = reopen_direct(file)
-        && rw::write_all(&direct, std::slice::from_ref(&data), at).is_ok()
+        && write_pieces(&direct, &data, at, piece).is_ok()
     {
         return Ok(());
     }
     // Also after a failed direct write: the page cache's path reports what is really wrong.
     file.write_all_at(&data, at)
+}
+
+fn write_pieces(file: &File, data: &Bytes, at: u64, piece: usize) -> io::Result<()> {
+    let mut done = 0;
+    while done < data.len() {
+        let end = done.saturating_add(piece).min(data.len());
+        rw::write_all(file, &[data.slice(done..end)], at + done as u64)?;
+        done = end;
+    }
+    Ok(())
 }
 
 /// Gives the file its name; false if the name is taken and must be left alone.

@@ -1,12 +1,14 @@
 //! Recovery: every node pulls the objects that it should hold and does not (spec 06, section 10).
 //!
 //! One task runs rounds one after another; a newer round replaces the running one. [`round`] is a round's life: list,
-//! copy, announce. [`object`] recovers one object: it never takes an older version while a home of a newer epoch is
+//! copy, announce. [`pace`] says when it may begin the next object. [`object`] recovers one object: it never takes an older version while a home of a newer epoch is
 //! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
 //! recovered wait in [`Recovery::ready`] and put it first.
 
 pub mod lacking;
 pub mod object;
+pub mod pace;
+pub mod pieces;
 pub mod round;
 pub mod strip;
 pub mod tombstones;
@@ -69,6 +71,13 @@ pub struct Pending {
     waiters: HashMap<Oid, Vec<oneshot::Sender<()>>>,
 }
 
+impl Pending {
+    /// Whether nothing is left to begin.
+    fn is_all_begun(&self) -> bool {
+        self.queue.is_empty() && self.urgent.is_empty()
+    }
+}
+
 impl Active {
     /// Marks an object as done and wakes who waits for it.
     pub fn done(&self, oid: Oid) {
@@ -85,6 +94,11 @@ impl Active {
                 let _ = w.send(());
             });
         }
+    }
+
+    /// Whether a request waits for the object.
+    pub fn is_waited_for(&self, oid: Oid) -> bool {
+        self.work.lock().waiters.contains_key(&oid)
     }
 
     /// Whether a newer round began.

@@ -337,8 +337,7 @@ impl Hunt<'_> {
             request = request.flag(Flags::WILDCARD);
             tracing::debug!("doing wildcard recovery: at epoch {epoch}, object {}, from {home}", self.oid);
         }
-        let reply = sheep.peers.call(&home, request, Bytes::new(), COPY_DEADLINE).await;
-        let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
+        let reply = super::pieces::read(sheep, self.active, &home, request).await?;
         self.judge(&reply.response)?;
         if reply.data.len() as u64 != size {
             return Err(ResultCode::NETWORK_ERROR);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sheepdog_proto::header::ObjRequest;
@@ -13,6 +13,7 @@ use sheepdog_proto::{
 
 use super::Active;
 use super::object::{Recovered, recover};
+use super::pace::{Moment, Pace, Verdict};
 use crate::cluster::worker::Worker;
 use crate::sheep::Sheep;
 use crate::view::View;
@@ -25,6 +26,8 @@ const LIST_BUFFER: (usize, usize) = (4 << 20, 1 << 30);
 const PASS_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Objects in flight per disk.
 const PER_DISK: usize = 2;
+/// How often a pass looks whether it may begin more, if nothing tells it earlier.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Runs a round to its end. `false` = it was replaced by a newer one.
 pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> bool {
@@ -241,16 +244,17 @@ async fn serve_urgent(sheep: Arc<Sheep>, active: Arc<Active>) {
     }
 }
 
-/// Takes the next object: urgent ones always, the others unless recovery is disabled.
+/// The next object that a request waits for.
+fn next_urgent(active: &Active) -> Option<Oid> {
+    active.work.lock().urgent.pop_front()
+}
+
+/// The next object of the list, unless recovery is disabled.
 fn next(sheep: &Sheep, active: &Active) -> Option<Oid> {
-    let disabled = sheep.views.load().disable_recovery || active.held.load(Ordering::Acquire);
-    let mut work = active.work.lock();
-    if let Some(oid) = work.urgent.pop_front() {
-        return Some(oid);
-    }
-    if disabled {
+    if sheep.views.load().disable_recovery || active.held.load(Ordering::Acquire) {
         return None;
     }
+    let mut work = active.work.lock();
     loop {
         let oid = work.queue.pop_front()?;
         if work.todo.contains(&oid) {
@@ -259,30 +263,53 @@ fn next(sheep: &Sheep, active: &Active) -> Option<Oid> {
     }
 }
 
-/// One pass over the queue with `width` objects in flight. Returns when nothing is left to begin and nothing is in
-/// flight; while recovery is disabled it keeps serving what requests ask for.
+/// One pass over the queue with at most `width` objects in flight, and as many that requests wait for. Returns when
+/// nothing is left to begin and nothing is in flight; while recovery is disabled it keeps serving what requests ask for.
 async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
     let mut flying = tokio::task::JoinSet::new();
+    let mut asked = tokio::task::JoinSet::new();
     let mut pace = Pace::default();
     loop {
-        while flying.len() < width && !active.is_replaced() {
-            let Some(oid) = next(sheep, active) else { break };
-            pace.wait(sheep).await;
+        // Neither paced nor behind what nobody waits for.
+        while asked.len() < width && !active.is_replaced() {
+            let Some(oid) = next_urgent(active) else { break };
             let (sheep, active) = (sheep.clone(), active.clone());
-            flying.spawn(async move { one(&sheep, &active, oid).await });
+            asked.spawn(async move { one(&sheep, &active, oid).await });
+        }
+        // Recovery may be enabled again without anybody telling this round.
+        let mut look_again = Instant::now() + LOOK_AGAIN;
+        while !active.is_replaced() {
+            let now = Instant::now();
+            let (limits, clients) = (sheep.recovery.throttling(), sheep.stats.clients.about(now));
+            match pace.verdict(&Moment { now, limits, clients, flying: flying.len(), width }) {
+                Verdict::Begin => {}
+                Verdict::Wait(until) => {
+                    look_again = look_again.min(until);
+                    break;
+                }
+                Verdict::Full => break,
+            }
+            let Some(oid) = next(sheep, active) else { break };
+            pace.begun(now);
+            let (sheep, active) = (sheep.clone(), active.clone());
+            flying.spawn(async move {
+                one(&sheep, &active, oid).await;
+                now.elapsed()
+            });
         }
         if active.is_replaced() {
             flying.detach_all();
+            asked.detach_all();
             return;
         }
-        if flying.is_empty() && active.work.lock().queue.is_empty() {
+        if flying.is_empty() && asked.is_empty() && active.work.lock().is_all_begun() {
             return;
         }
         tokio::select! {
-            Some(_) = flying.join_next() => {}
+            Some(ended) = flying.join_next() => pace.ended(Instant::now(), ended.unwrap_or_default()),
+            Some(_) = asked.join_next() => {}
             () = active.wake.notified() => {}
-            // Recovery may be enabled again without anybody telling this round.
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            () = tokio::time::sleep_until(look_again.into()) => {}
         }
     }
 }
@@ -327,30 +354,6 @@ fn put_off(active: &Active, oid: Oid, unfound: Option<String>) -> bool {
         work.failed.push(oid);
     }
     true
-}
-
-/// Spreads objects over time when recovery is throttled.
-#[derive(Default)]
-struct Pace {
-    begun: u32,
-    since: Option<tokio::time::Instant>,
-}
-
-impl Pace {
-    async fn wait(&mut self, sheep: &Sheep) {
-        let limits = sheep.recovery.throttling();
-        if limits.throttling == 0 {
-            return;
-        }
-        let interval = Duration::from_millis(limits.queue_work_interval);
-        let since = *self.since.get_or_insert_with(tokio::time::Instant::now);
-        if self.begun >= limits.max_exec_count {
-            tokio::time::sleep_until(since + interval).await;
-            self.since = Some(tokio::time::Instant::now());
-            self.begun = 0;
-        }
-        self.begun += 1;
-    }
 }
 
 #[cfg(test)]

@@ -284,6 +284,25 @@ fn an_ensemble_of_three_survives_its_leader_and_a_complete_restart() {
 }
 
 #[test]
+fn a_queue_with_more_than_a_thousand_million_entries_behind_it_serves() {
+    // From here on the servers' counter of changes of the queue, which counts creations twice, is negative.
+    let mut zookeeper = ZooKeeper::start_late("/test/queue", 1 << 30);
+    let mut cluster = cluster_of(&zookeeper, 2000, &[7001, 7002, 7003]);
+    assert_eq!(children(&zookeeper, "/queue").iter().filter(|n| *n == "1073741824").count(), 1);
+    cluster.kill(7003);
+    cluster.wait(7001, "leave 127.0.0.1:7003 ");
+    for i in 0..20 {
+        cluster.send(7001, &format!("notify n{i}"));
+    }
+    zookeeper.kill_all();
+    zookeeper.start_all();
+    cluster.settle("end");
+    cluster.assert_one_history();
+    assert_eq!(cluster.count(7002, "notify 127.0.0.1:7001 n"), 20, "every message once");
+    assert_eq!(cluster.count(7002, "leave "), 1);
+}
+
+#[test]
 fn two_clusters_share_an_ensemble_without_seeing_each_other() {
     let zookeeper = ZooKeeper::start(1);
     let mut one = Cluster::new(spec(&zookeeper, "one", TIMEOUT));

@@ -1,11 +1,13 @@
 //! The same over each cluster driver: what `dog` shows and does, restarts in any order, and how a daemon that cannot
 //! be a member ends. What only one driver has is in [`crate::zookeeper`] and [`crate::hosts`].
 
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use sheepdog_proto::ClusterFlags;
 use sheepdog_testkit::wait::DEADLINE;
-use sheepdog_testkit::{Builder, Client, Cluster, Vdi, binaries, in_own_network, wait, wait_for};
+use sheepdog_testkit::{Builder, Client, Cluster, Ports, Vdi, binaries, in_own_network, wait, wait_for};
 
 const TIMEOUT: u64 = 2000;
 const WEIGHT: u16 = 100;
@@ -93,6 +95,89 @@ fn a_store_of_another_cluster_id_is_refused_over_zookeeper_and_serves_under_its_
     let mut daemon = start(&own);
     wait("the other cluster serves again", || daemon.dog(port, &["cluster", "info"]).starts_with(RUNNING));
     assert_eq!(daemon.dog(port, &["node", "list", "-r"]).lines().count(), 1);
+}
+
+#[test]
+fn a_driver_that_cannot_be_used_is_one_line_on_stderr_and_in_the_log_and_status_1() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(file("garbage"), b"no queue").expect("a file");
+    let ports = Ports::reserve();
+    let (closed, silent) = (ports.get(1), ports.get(2));
+    // Connections are made, and nothing ever answers.
+    let _listener = TcpListener::bind(("127.0.0.1", silent)).expect("a free port");
+    let unreachable = |host: &str| format!("failed to connect to zk server {host} after 10 retries");
+    let bad = |driver: &str, reason: &str| format!("invalid option of cluster driver '{driver}': {reason}");
+    let table = [
+        ("zookeeper".to_owned(), "You must specify zookeeper servers.".to_owned()),
+        (format!("zookeeper:127.0.0.1:{closed}/x,timeout=1000"), unreachable(&format!("127.0.0.1:{closed}"))),
+        (format!("zookeeper:127.0.0.1:{silent}/x,timeout=1000"), unreachable(&format!("127.0.0.1:{silent}"))),
+        (
+            "zookeeper:no-such-host.invalid:2181,timeout=1000".to_owned(),
+            unreachable("no-such-host.invalid:2181"),
+        ),
+        ("zookeeper:127.0.0.1:2181,timeout=abc".to_owned(), "Invalid parameter for timeout".to_owned()),
+        ("zookeeper:127.0.0.1:99999".to_owned(), bad("zookeeper", "'127.0.0.1:99999' has no usable port")),
+        ("local:".to_owned(), bad("local", "the path of the queue file is empty")),
+        (
+            format!("local:{}", file("no/such")),
+            format!("cannot open {}: No such file or directory (os error 2)", file("no/such")),
+        ),
+        (format!("local:{}", file("")), format!("cannot open {}: Is a directory (os error 21)", file(""))),
+        (
+            format!("local:{}", file("garbage")),
+            format!(
+                "{}: not a usable event queue: length 8 instead of 221304016 (remove the file if no sheep uses it)",
+                file("garbage")
+            ),
+        ),
+    ];
+    for (number, (driver, line)) in table.iter().enumerate() {
+        // In the foreground, and as a daemon whose parent tells.
+        for words in [&["-f"][..], &[]] {
+            let store = dir.path().join(format!("store-{number}-{}", words.len()));
+            cannot_start(driver, words, ports.get(0), &store, line);
+        }
+    }
+}
+
+#[test]
+fn without_corosync_a_start_is_one_line_on_stderr_and_in_the_log_and_status_1() {
+    if in_own_network("drivers::without_corosync_a_start_is_one_line_on_stderr_and_in_the_log_and_status_1") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let line = "failed to initialize cpg (2) - is corosync running?";
+    let port = Ports::reserve().get(0);
+    cannot_start("corosync", &["-f"], port, &dir.path().join("foreground"), line);
+    cannot_start("corosync", &[], port, &dir.path().join("daemon"), line);
+}
+
+/// A start with this driver ends with status 1, and with `line` once on standard error and once in the log.
+fn cannot_start(driver: &str, words: &[&str], port: u16, store: &Path, line: &str) {
+    let mut child = Command::new(binaries::sheep())
+        .args(["-b", "127.0.0.1", "-y", "127.0.0.1", "-c", driver, "-p", &port.to_string()])
+        .args(words)
+        .arg(store)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("sheep");
+    let status = wait_for(&format!("{driver} {words:?} to be refused"), DEADLINE, || {
+        child.try_wait().expect("a child can be waited for")
+    });
+    let output = child.wait_with_output().expect("its output");
+    let log = std::fs::read_to_string(store.join("sheep.log")).expect("a log");
+    for text in [String::from_utf8_lossy(&output.stderr).as_ref(), &log] {
+        let errors: Vec<&str> = text
+            .lines()
+            .filter(|l| l.contains("ERROR") && !l.contains("nofile"))
+            .map(|l| l.split_once(") ").map_or(l, |(_, message)| message))
+            .collect();
+        assert_eq!(errors, [line, "failed to create sheepdog cluster"], "{driver} {words:?}\n{text}");
+    }
+    assert_eq!(status.code(), Some(1), "{driver} {words:?}");
 }
 
 /// `cluster info`, `node list`, `node kill`, `cluster shutdown`, and starts in any order.
@@ -221,7 +306,7 @@ fn address_is_refused(mut cluster: Cluster, line: impl Fn(&str) -> String) {
 struct Daemon(Child);
 
 impl Daemon {
-    fn start(args: &[&str], store: &std::path::Path) -> Daemon {
+    fn start(args: &[&str], store: &Path) -> Daemon {
         let address = if args.contains(&"-b") { &[][..] } else { &["-b", "127.0.0.1", "-y", "127.0.0.1"] };
         let mut command = Command::new(binaries::sheep());
         command.arg("-f").args(address).args(args).arg(store);

@@ -9,7 +9,7 @@ use sheepdog_proto::header::VdiRequest;
 use sheepdog_proto::inode::TABLE_OFFSET;
 use sheepdog_proto::{ClusterFlags, ObjectKind, Oid, Opcode, ResultCode, VdiId};
 use sheepdog_testkit::binaries::system;
-use sheepdog_testkit::{Builder, Client, Cluster, Output, wait_for};
+use sheepdog_testkit::{Builder, Client, Cluster, Output, wait, wait_for};
 
 const BLOCK: u64 = 4 << 20;
 const END: u64 = 1 << 54;
@@ -142,8 +142,7 @@ fn sixteen_petabytes_with_snapshots_clones_and_locks() {
     session.say("read -P 1 4k 60k");
     session.say(&format!("read -P 3 {} 6M", 400_000 * BLOCK));
     session.close();
-    let locks = cluster.dog(&["vdi", "lock", "list"]).ok();
-    assert_eq!(locks.lines().count(), 1, "{locks}");
+    wait("the lock to be released", || cluster.dog(&["vdi", "lock", "list"]).ok().lines().count() == 1);
     let working = client.lookup("big", "", 0).expect("it exists");
     for leaf in leaves(&mut client, working) {
         assert_eq!(leaf.oid.vid(), working, "a snapshot shares no index node");

@@ -17,6 +17,8 @@ fn more_waiting_operations_than_a_node_admits_do_not_keep_a_creation_from_its_ow
     let mut cluster = Cluster::new(3);
     let mut client = cluster.client();
     client.set_timeout(Duration::from_secs(60)).expect("a longer timeout");
+    // What is looked up, as requests that are sent without waiting have no order.
+    client.create_vdi("known", 4 << 20).expect("create");
     let request =
         Request::new(Opcode::NEW_VDI).with_vdi(VdiRequest { vdi_size: 4 << 20, ..VdiRequest::zeroed() });
     for i in 0..8 {
@@ -24,7 +26,7 @@ fn more_waiting_operations_than_a_node_admits_do_not_keep_a_creation_from_its_ow
         client.send(request.flag(Flags::WRITE).length(name.len()), &name).expect("send");
     }
     let lookup = Request::new(Opcode::GET_VDI_INFO).flag(Flags::WRITE);
-    let name = name_payload("v0", None);
+    let name = name_payload("known", None);
     for _ in 0..WAITING {
         client.send(lookup.length(name.len()), &name).expect("send");
     }

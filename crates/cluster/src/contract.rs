@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
+use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, NodeId, NodeRecord};
 use thiserror::Error;
+
+use crate::Lock;
 
 /// A boxed future, so that drivers can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -136,6 +138,28 @@ impl Lease {
     }
 }
 
+/// A call that adds to the common history.
+#[derive(Debug)]
+pub enum Request {
+    /// [`Driver::join`].
+    Join(NodeRecord, Box<ClusterInfo>),
+    /// [`Driver::leave`].
+    Leave,
+    /// [`Driver::end`].
+    End,
+    /// [`Driver::notify`].
+    Notify(Vec<u8>),
+    /// [`Driver::block`].
+    Block,
+    /// [`Driver::unblock`].
+    Unblock(Vec<u8>),
+    /// [`Driver::update_node`].
+    Update(NodeRecord),
+}
+
+/// The answer to a [`Request`].
+pub type Reply = Result<(), DriverError>;
+
 /// A source of membership and of totally ordered messages. Success of a call means that the request is in the common
 /// history (or will be without further action); its effect arrives as an [`Event`].
 pub trait Driver: Send + Sync {
@@ -153,29 +177,66 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// Longest member list of a cluster info that a join can carry.
+    fn max_info_nodes(&self) -> usize;
+
+    /// Carries out a request whose lengths were checked; the calls below do that.
+    fn request(&self, request: Request) -> BoxFuture<'_, Reply>;
+
+    /// Waits for the cluster-wide mutex `id`; [`Lock`] says how long it is held. Only for members, and first come, first
+    /// served, but by the local driver. Not to be awaited by the task that handles events.
+    fn lock(&self, id: u64) -> BoxFuture<'_, Result<Lock, DriverError>>;
+
     /// Asks to join as `me`, telling the cluster what this node knows of it.
-    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Result<(), DriverError>>;
-
-    /// Leaves: others see a [`Event::Leave`], this process goes on receiving every event. Without effect before
-    /// joining and the second time.
-    fn leave(&self) -> BoxFuture<'_, Result<(), DriverError>>;
-
-    /// As [`Driver::leave`], for a process that is about to end and receives nothing any more.
-    fn end(&self) -> BoxFuture<'_, Result<(), DriverError>> {
-        self.leave()
+    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Reply> {
+        let (got, max) = (info.nodes.len(), self.max_info_nodes());
+        if got > max {
+            return Box::pin(async move { Err(DriverError::InfoTooLong { got, max }) });
+        }
+        self.request(Request::Join(me, Box::new(info)))
     }
 
-    /// Sends a message of at most [`sheepdog_proto::MAX_CLUSTER_MESSAGE`] bytes to all members, this one included.
-    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Result<(), DriverError>>;
+    /// Leaves: others see a [`Event::Leave`], this process goes on receiving every event. Without effect before
+    /// joining and the second time. Locks end (over the local driver, with the process).
+    fn leave(&self) -> BoxFuture<'_, Reply> {
+        self.request(Request::Leave)
+    }
+
+    /// As [`Driver::leave`], for a process that is about to end and receives nothing any more.
+    fn end(&self) -> BoxFuture<'_, Reply> {
+        self.request(Request::End)
+    }
+
+    /// Sends a message of at most [`MAX_CLUSTER_MESSAGE`] bytes to all members, this one included.
+    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
+        match check_length(&message) {
+            Ok(()) => self.request(Request::Notify(message)),
+            Err(e) => Box::pin(async { Err(e) }),
+        }
+    }
 
     /// Asks for the cluster-wide mutex; [`Event::Block`] announces it.
-    fn block(&self) -> BoxFuture<'_, Result<(), DriverError>>;
+    fn block(&self) -> BoxFuture<'_, Reply> {
+        self.request(Request::Block)
+    }
 
     /// Releases the mutex and sends `message` in one step.
-    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Result<(), DriverError>>;
+    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
+        match check_length(&message) {
+            Ok(()) => self.request(Request::Unblock(message)),
+            Err(e) => Box::pin(async { Err(e) }),
+        }
+    }
 
     /// Announces a changed record of this node; address and port must be those it joined with.
-    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Result<(), DriverError>>;
+    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Reply> {
+        self.request(Request::Update(node))
+    }
+}
+
+fn check_length(message: &[u8]) -> Reply {
+    let (got, max) = (message.len(), MAX_CLUSTER_MESSAGE);
+    if got > max { Err(DriverError::MessageTooLong { got, max }) } else { Ok(()) }
 }
 
 /// Why a driver refused or failed.
@@ -277,6 +338,9 @@ pub enum DriverError {
     /// Somebody is registered under this address, longer than a dead predecessor could be.
     #[error("Previous zookeeper session exist, shoot myself. Please wait for {0} seconds to join me again.")]
     PreviousSession(u64),
+    /// The lock ended before it was released: others may have had it meanwhile.
+    #[error("the lock was lost")]
+    LockLost,
     /// The session ended before the request was in the history, or while nobody can tell.
     #[error("the session with the membership service was lost")]
     SessionLost,

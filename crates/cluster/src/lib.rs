@@ -10,11 +10,13 @@ mod captures;
 mod contract;
 mod corosync;
 mod local;
+mod lock;
 mod select;
 mod zookeeper;
 
-pub use contract::{Answer, BoxFuture, Driver, DriverError, Event, Lease};
+pub use contract::{Answer, BoxFuture, Driver, DriverError, Event, Lease, Reply, Request};
 pub use corosync::CorosyncDriver;
 pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, block_event_signal};
+pub use lock::Lock;
 pub use select::{DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
 pub use zookeeper::ZookeeperDriver;

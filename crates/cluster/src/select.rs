@@ -59,7 +59,12 @@ pub fn open(spec: &str) -> Result<(Arc<dyn Driver>, UnboundedReceiver<Event>), D
             Ok((Arc::new(driver), events))
         }
         _ => {
-            // The text after the colon is ignored, as by the original.
+            // As by the original, whose users write an address here.
+            if let Some(option) = selection.option.filter(|o| !o.is_empty()) {
+                tracing::warn!(
+                    "the corosync driver takes no option, '{option}' is ignored; -y chooses the address"
+                );
+            }
             let (driver, events) = CorosyncDriver::open()?;
             Ok((Arc::new(driver), events))
         }

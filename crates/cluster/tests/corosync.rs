@@ -99,6 +99,22 @@ fn deaths_leaves_and_returns_are_one_event_each() {
 }
 
 #[test]
+fn locks_exclude_and_end_with_their_holder() {
+    if in_own_network("locks_exclude_and_end_with_their_holder") {
+        return;
+    }
+    let _corosync = Corosync::single();
+    let mut cluster = corosync();
+    cluster.join_all(&[7001, 7002, 7003]);
+    contract::locks_exclude_and_end_with_their_holder(&mut cluster);
+    drop(cluster);
+    // What stands after a colon is ignored.
+    let mut cluster = Cluster::new("corosync:192.0.2.1");
+    cluster.join_all(&[7001]);
+    contract::locks_are_for_members(&mut cluster);
+}
+
+#[test]
 fn a_second_process_with_the_address_of_a_living_one_ends_and_harms_nobody() {
     if in_own_network("a_second_process_with_the_address_of_a_living_one_ends_and_harms_nobody") {
         return;

@@ -46,6 +46,19 @@ fn a_newcomer_waits_for_the_block_that_was_granted_before_it_joined() {
     contract::a_newcomer_waits_for_the_block(&mut queue.of(&[7001]));
 }
 #[test]
+fn locks_exclude_end_with_their_holder_and_leave_nothing_behind() {
+    let queue = Queue::new();
+    let mut cluster = queue.of(&[7001, 7002, 7003]);
+    contract::locks_exclude_and_end_with_their_holder(&mut cluster);
+    cluster.send(7001, "lock 9");
+    cluster.wait(7001, "locked 9");
+    let file = queue.0.path().join("queue.locks/0000000000000009");
+    assert!(file.exists());
+    cluster.send(7001, "unlock 9");
+    cluster.wait(7001, "unlocked 9");
+    assert!(!file.exists());
+}
+#[test]
 fn killed_members_are_noticed_though_nobody_reaps_them() {
     let queue = Queue::new();
     let mut cluster = queue.of(&[7001, 7002, 7003]);

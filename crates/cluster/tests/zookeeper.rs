@@ -38,13 +38,18 @@ fn messages_of_all_senders_have_one_order_across_a_checkpoint() {
     let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002, 7003]);
     contract::messages_have_one_order(&mut cluster, 400);
 }
+/// Names of the znodes below `path` of the cluster "test".
+fn children(zookeeper: &ZooKeeper, path: &str) -> Vec<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let client = zookeeper_client::Client::connect(&format!("{}/test", zookeeper.hosts())).await;
+        client.expect("a session").list_children(path).await.expect("the node")
+    })
+}
+
 /// Numbers of the queue's entries.
 fn queue_numbers(zookeeper: &ZooKeeper) -> Vec<u64> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let names = runtime.block_on(async {
-        let client = zookeeper_client::Client::connect(&format!("{}/test", zookeeper.hosts())).await;
-        client.expect("a session").list_children("/queue").await.expect("the queue")
-    });
+    let names = children(zookeeper, "/queue");
     let mut numbers: Vec<u64> = names.iter().map(|name| name.parse().expect("a number")).collect();
     numbers.sort_unstable();
     numbers
@@ -120,6 +125,41 @@ fn a_killed_master_is_replaced_and_its_block_released() {
     for port in [7002, 7003] {
         assert_eq!(cluster.count(port, "leave "), 1, "duplicates are not delivered");
     }
+}
+
+#[test]
+fn locks_exclude_and_end_with_their_holder_or_its_session() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002, 7003]);
+    contract::locks_exclude_and_end_with_their_holder(&mut cluster);
+    drop(cluster);
+    // A holder that is stopped past the timeout learns that it lost the lock.
+    let mut cluster = Cluster::of(spec(&zookeeper, "session", TIMEOUT), &[7001, 7002]);
+    cluster.send(7001, "lock 7");
+    cluster.wait(7001, "locked 7");
+    cluster.send(7002, "lock 7");
+    cluster.settle("asked");
+    assert_eq!(cluster.count(7002, "locked"), 0);
+    cluster.signal(7001, Signal::SIGSTOP);
+    cluster.wait(7002, "locked 7");
+    cluster.signal(7001, Signal::SIGCONT);
+    cluster.wait(7001, "reconnect");
+    cluster.send(7001, "unlock 7");
+    cluster.wait(7001, "error unlock: the lock was lost");
+    cluster.wait_nth(7001, "accept 127.0.0.1:7001 ", 2);
+    cluster.send(7001, "lock 7");
+    cluster.send(7002, "unlock 7");
+    cluster.wait_nth(7001, "locked 7", 2);
+}
+
+#[test]
+fn locks_are_for_members_and_leave_nothing_behind() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001]);
+    contract::locks_are_for_members(&mut cluster);
+    cluster.send(7002, "unlock 1");
+    cluster.wait(7002, "unlocked 1");
+    sheepdog_testkit::wait("the locks' nodes to be removed", || children(&zookeeper, "/lock").is_empty());
 }
 
 #[test]
@@ -241,6 +281,25 @@ fn an_ensemble_of_three_survives_its_leader_and_a_complete_restart() {
     let notifies = |c: &Cluster| c.history(7001).iter().filter(|l| l.starts_with("notify")).count();
     assert_eq!(notifies(&cluster), 64, "every message once");
     assert_eq!(cluster.count(7001, "leave "), 0);
+}
+
+#[test]
+fn a_queue_with_more_than_a_thousand_million_entries_behind_it_serves() {
+    // From here on the servers' counter of changes of the queue, which counts creations twice, is negative.
+    let mut zookeeper = ZooKeeper::start_late("/test/queue", 1 << 30);
+    let mut cluster = cluster_of(&zookeeper, 2000, &[7001, 7002, 7003]);
+    assert_eq!(children(&zookeeper, "/queue").iter().filter(|n| *n == "1073741824").count(), 1);
+    cluster.kill(7003);
+    cluster.wait(7001, "leave 127.0.0.1:7003 ");
+    for i in 0..20 {
+        cluster.send(7001, &format!("notify n{i}"));
+    }
+    zookeeper.kill_all();
+    zookeeper.start_all();
+    cluster.settle("end");
+    cluster.assert_one_history();
+    assert_eq!(cluster.count(7002, "notify 127.0.0.1:7001 n"), 20, "every message once");
+    assert_eq!(cluster.count(7002, "leave "), 1);
 }
 
 #[test]

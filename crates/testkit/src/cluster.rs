@@ -25,6 +25,10 @@ use crate::private_disk::PrivateDisk;
 use crate::wait::{DEADLINE, wait, wait_for};
 use crate::zookeeper::ZooKeeper;
 
+/// Session timeout in milliseconds for tests that do not ask for ZooKeeper by themselves. A daemon gives up a server that
+/// is silent for so long when it starts, and on a busy machine the server is; a death is noticed when it has passed.
+const SESSION: u64 = 6000;
+
 /// How a cluster is made. [`Builder::start`] starts it.
 pub struct Builder {
     nodes: usize,
@@ -57,7 +61,7 @@ impl TestDriver {
     fn from_env() -> TestDriver {
         match std::env::var("SHEEPDOG_TEST_DRIVER").as_deref() {
             Err(_) | Ok("local") => TestDriver::Local,
-            Ok("zookeeper") => TestDriver::ZooKeeper(2000),
+            Ok("zookeeper") => TestDriver::ZooKeeper(SESSION),
             Ok("corosync") => TestDriver::Corosync,
             Ok(other) => {
                 panic!("SHEEPDOG_TEST_DRIVER={other}: the tests can use local, zookeeper and corosync")

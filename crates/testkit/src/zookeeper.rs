@@ -37,8 +37,24 @@ impl ZooKeeper {
         ZooKeeper::start_on("127.0.0.1", count)
     }
 
+    /// One server whose znode `parent` has had so many children that the next one in its sequence gets the number `next`.
+    pub fn start_late(parent: &str, next: i32) -> ZooKeeper {
+        let mut zookeeper = ZooKeeper::prepare("127.0.0.1", 1);
+        let data = zookeeper.servers[0].config.with_file_name("s0").join("version-2");
+        std::fs::create_dir_all(&data).unwrap_or_else(|e| panic!("{}: {e}", data.display()));
+        std::fs::write(data.join("log.1"), transactions(parent, next)).expect("a log");
+        zookeeper.start_all();
+        zookeeper
+    }
+
     /// As [`ZooKeeper::start`], for clients of this address of the machine.
     pub fn start_on(address: &str, count: usize) -> ZooKeeper {
+        let mut zookeeper = ZooKeeper::prepare(address, count);
+        zookeeper.start_all();
+        zookeeper
+    }
+
+    fn prepare(address: &str, count: usize) -> ZooKeeper {
         assert!(Path::new(JAR).exists(), "{JAR} is missing: install Debian's package zookeeper");
         assert!(count * 3 <= Ports::MAX, "a block of ports is enough for {} servers", Ports::MAX / 3);
         let ports = Ports::reserve();
@@ -49,9 +65,7 @@ impl ZooKeeper {
             members += &format!("server.{}=127.0.0.1:{peer}:{vote}\n", i + 1);
         }
         let servers = (0..count).map(|i| server(dir.path(), i, address, ports.get(i), &members)).collect();
-        let mut zookeeper = ZooKeeper { servers, _dir: dir, _ports: ports };
-        zookeeper.start_all();
-        zookeeper
+        ZooKeeper { servers, _dir: dir, _ports: ports }
     }
 
     /// `HOST:PORT[,HOST:PORT...]` for clients.
@@ -112,6 +126,48 @@ fn server(dir: &Path, index: usize, address: &str, port: u16, members: &str) -> 
     Server { config, log, address: address.to_owned(), port, child: None }
 }
 
+/// A server's transaction log: `parent`, level by level, and a child of it that counts as the one before `next`.
+fn transactions(parent: &str, next: i32) -> Vec<u8> {
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as i32).to_be_bytes());
+        out.extend(text.as_bytes());
+    };
+    let levels = parent.match_indices('/').skip(1).map(|(at, _)| &parent[..at]).chain([parent]);
+    let child = format!("{parent}/before");
+    let mut creates: Vec<(&str, i32)> = levels.map(|path| (path, 1)).collect();
+    creates.push((&child, next));
+    // Magic, version, database.
+    let mut log = [b"ZKLG".as_slice(), &2i32.to_be_bytes(), &0i64.to_be_bytes()].concat();
+    for (number, (path, parent_version)) in creates.into_iter().enumerate() {
+        // Session, its request, transaction, time, "create".
+        let mut txn = [0i64.to_be_bytes().as_slice(), &0i32.to_be_bytes()].concat();
+        txn.extend((number as i64 + 1).to_be_bytes());
+        txn.extend([0i64.to_be_bytes().as_slice(), &1i32.to_be_bytes()].concat());
+        text(&mut txn, path);
+        text(&mut txn, "");
+        // One entry: all permissions for everybody.
+        txn.extend([1i32.to_be_bytes(), 31i32.to_be_bytes()].concat());
+        text(&mut txn, "world");
+        text(&mut txn, "anyone");
+        // Not ephemeral.
+        txn.push(0);
+        txn.extend(parent_version.to_be_bytes());
+        log.extend(i64::from(adler32(&txn)).to_be_bytes());
+        log.extend((txn.len() as i32).to_be_bytes());
+        log.extend(txn);
+        log.push(b'B');
+    }
+    log
+}
+
+fn adler32(bytes: &[u8]) -> u32 {
+    let (a, b) = bytes.iter().fold((1, 0), |(a, b), byte| {
+        let a = (a + u32::from(*byte)) % 65521;
+        (a, (b + a) % 65521)
+    });
+    b << 16 | a
+}
+
 impl Server {
     fn start(&mut self) {
         if self.child.is_some() {
@@ -123,6 +179,7 @@ impl Server {
         command
             .args(["--pdeathsig", "KILL", "java"])
             .args(["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.forceSync=no"])
+            .arg("-Dzookeeper.snapshot.trust.empty=true")
             .args(["-cp", JAR, "org.apache.zookeeper.server.quorum.QuorumPeerMain"])
             .arg(&self.config)
             .stdin(Stdio::null())

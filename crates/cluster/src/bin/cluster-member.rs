@@ -2,17 +2,18 @@
 //! in this crate's tests, and a probe for what a queue really delivers.
 //!
 //! Usage: `cluster-member DRIVER IP PORT`, then one of `join`, `leave`, `notify TEXT`, `block`, `unblock TEXT`,
-//! `update VNODES`, `hint`, `decline` (stop answering joins), `quit` per line.
+//! `update VNODES`, `lock ID`, `unlock ID`, `hint`, `decline` (stop answering joins), `quit` per line.
 
+use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use sheepdog_cluster::{Driver, Event, block_event_signal, open};
+use sheepdog_cluster::{Driver, Event, Request, block_event_signal, open};
 use sheepdog_proto::cluster::ClusterInfoHeader;
 use sheepdog_proto::{ClusterInfo, INTERNAL_PROTO_VERSION, NodeId, NodeRecord};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
@@ -46,7 +47,7 @@ fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Erro
     });
     let node = NodeRecord { nid: NodeId::new(ip, port), nr_vnodes: 128, ..NodeRecord::zeroed() };
     let info = ClusterInfo { header: ClusterInfoHeader::zeroed(), nodes: Vec::new() };
-    let mut member = Member { node, info, wanted: 0, declining: false };
+    let mut member = Member { node, info, wanted: 0, declining: false, locks: HashMap::new() };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         // Requests wait for their answers in order, and events do not wait for them.
         let (requests, calls) = mpsc::unbounded_channel();
@@ -55,13 +56,13 @@ fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Erro
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => if member.show(event) {
-                        member.obey(&*driver, "join", &requests);
+                        member.obey(&driver, "join", &requests);
                     },
                     None => return,
                 },
                 line = commands.recv() => match line.as_deref() {
                     None | Some("quit") => return,
-                    Some(line) => member.obey(&*driver, line, &requests),
+                    Some(line) => member.obey(&driver, line, &requests),
                 },
             }
         }
@@ -69,28 +70,31 @@ fn run(spec: &str, ip: IpAddr, port: u16) -> Result<(), Box<dyn std::error::Erro
     Ok(())
 }
 
-enum Call {
-    Join(NodeRecord, ClusterInfo),
-    Leave,
-    Notify(Vec<u8>),
-    Block,
-    Unblock(Vec<u8>),
-    Update(NodeRecord),
-}
-
-async fn call(driver: Arc<dyn Driver>, mut calls: mpsc::UnboundedReceiver<Call>) {
-    while let Some(call) = calls.recv().await {
-        let (verb, result) = match call {
-            Call::Join(node, info) => ("join", driver.join(node, info).await),
-            Call::Leave => ("leave", driver.leave().await),
-            Call::Notify(message) => ("notify", driver.notify(message).await),
-            Call::Block => ("block", driver.block().await),
-            Call::Unblock(message) => ("unblock", driver.unblock(message).await),
-            Call::Update(node) => ("update", driver.update_node(node).await),
+async fn call(driver: Arc<dyn Driver>, mut calls: mpsc::UnboundedReceiver<(String, Request)>) {
+    while let Some((verb, call)) = calls.recv().await {
+        let result = match call {
+            Request::Join(node, info) => driver.join(node, *info).await,
+            Request::Notify(message) => driver.notify(message).await,
+            Request::Unblock(message) => driver.unblock(message).await,
+            other => driver.request(other).await,
         };
         if let Err(e) = result {
             say(&format!("error {verb}: {e}"));
         }
+    }
+}
+
+/// Waits for a lock and says so, and releases it when told.
+async fn hold(driver: Arc<dyn Driver>, id: u64, release: Arc<Notify>) {
+    let lock = match driver.lock(id).await {
+        Ok(lock) => lock,
+        Err(e) => return say(&format!("error lock: {e}")),
+    };
+    say(&format!("locked {id}"));
+    release.notified().await;
+    match lock.release().await {
+        Ok(()) => say(&format!("unlocked {id}")),
+        Err(e) => say(&format!("error unlock: {e}")),
     }
 }
 
@@ -110,6 +114,8 @@ struct Member {
     /// Blocks asked for and not granted yet.
     wanted: usize,
     declining: bool,
+    /// How each lock that was asked for last is released.
+    locks: HashMap<u64, Arc<Notify>>,
 }
 
 impl Member {
@@ -158,21 +164,37 @@ impl Member {
         false
     }
 
-    fn obey(&mut self, driver: &dyn Driver, line: &str, calls: &mpsc::UnboundedSender<Call>) {
+    fn obey(
+        &mut self,
+        driver: &Arc<dyn Driver>,
+        line: &str,
+        calls: &mpsc::UnboundedSender<(String, Request)>,
+    ) {
         let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
         let call = match verb {
-            "join" => Call::Join(self.node, self.info.clone()),
-            "leave" => Call::Leave,
-            "notify" => Call::Notify(rest.into()),
+            "join" => Request::Join(self.node, Box::new(self.info.clone())),
+            "leave" => Request::Leave,
+            "notify" => Request::Notify(rest.into()),
             "block" => {
                 self.wanted += 1;
-                Call::Block
+                Request::Block
             }
-            "unblock" => Call::Unblock(rest.into()),
+            "unblock" => Request::Unblock(rest.into()),
             "update" => match rest.parse() {
-                Ok(nr_vnodes) => Call::Update(NodeRecord { nr_vnodes, ..self.node }),
+                Ok(nr_vnodes) => Request::Update(NodeRecord { nr_vnodes, ..self.node }),
                 Err(_) => return say("error update: not a number"),
             },
+            "lock" | "unlock" => {
+                let Ok(id) = rest.parse() else { return say("error lock: not a number") };
+                if verb == "lock" {
+                    let release = Arc::new(Notify::new());
+                    self.locks.insert(id, release.clone());
+                    tokio::spawn(hold(driver.clone(), id, release));
+                } else if let Some(release) = self.locks.get(&id) {
+                    release.notify_one();
+                }
+                return;
+            }
             "hint" => return say(&format!("hint {}", list(&driver.members_hint()))),
             "decline" => {
                 self.declining = true;
@@ -181,6 +203,6 @@ impl Member {
             _ => return say(&format!("error {verb}: unknown")),
         };
         // The receiver lives as long as this loop.
-        let _ = calls.send(call);
+        let _ = calls.send((verb.to_owned(), call));
     }
 }

@@ -5,7 +5,7 @@
 //! that it had the token; the message before that one, that everybody had it since. From then on the others need the
 //! token timeout and the consensus timeout before they go on without this node: that is the lease (spec 04, 15).
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -19,12 +19,10 @@ use tokio::sync::oneshot;
 
 use super::ffi::{ACCESS, Code, Delivery, Group, SECURITY, TRY_AGAIN};
 use super::layout::{Body, Message, Peer, ProcessId};
+use super::locks::{self, Locks};
 use super::queues::{Action, Queues};
 use super::{Mailbox, option_lost};
-use crate::{Answer, DriverError, Event, Lease};
-
-/// Answer to a request.
-pub type Reply = Result<(), DriverError>;
+use crate::{Answer, DriverError, Event, Lease, Lock, Reply, Request};
 
 /// How often things are looked at that nobody announces.
 const TICK: Duration = Duration::from_millis(50);
@@ -44,30 +42,16 @@ const STUCK: Duration = Duration::from_secs(10);
 pub enum Command {
     /// A call of the daemon.
     Request(Request, oneshot::Sender<Reply>),
+    /// Get the mutex with this number.
+    Lock(u64, oneshot::Sender<Result<Lock, DriverError>>),
+    /// The own request for a mutex is over; answered when the others are told.
+    Unlock(u64, oneshot::Sender<()>),
     /// The verdict on a join.
     JoinAnswer(u64, Option<Box<ClusterInfo>>),
     /// Whether the mutex was taken.
     BlockAnswer(u64, bool),
     /// End the thread.
     Stop,
-}
-
-/// A call of the daemon.
-pub enum Request {
-    /// Enter the group and send JOIN.
-    Join(NodeRecord, Box<ClusterInfo>),
-    /// Send LEAVE and stay in the group.
-    Leave,
-    /// Leave the group.
-    End,
-    /// Send NOTIFY.
-    Notify(Vec<u8>),
-    /// Send BLOCK.
-    Block,
-    /// Send UNBLOCK.
-    Unblock(Vec<u8>),
-    /// Send UPDATE_NODE.
-    Update(NodeRecord),
 }
 
 /// Something on its way out.
@@ -91,11 +75,23 @@ struct Heartbeat {
     fresh: Option<bool>,
 }
 
+/// Mutexes by number, from the first request on.
+struct Mutexes {
+    group: Group,
+    locks: Locks,
+    /// Own requests that are not granted.
+    waiting: HashMap<u64, oneshot::Sender<Result<Lock, DriverError>>>,
+    /// What the locks of this process depend on.
+    held: HashMap<u64, Arc<()>>,
+    outbox: VecDeque<(Vec<u8>, Option<oneshot::Sender<()>>)>,
+}
+
 /// See the module's documentation.
 pub struct Member {
     process: ProcessId,
     group: Group,
     heartbeat: Heartbeat,
+    mutexes: Option<Mutexes>,
     events: UnboundedSender<Event>,
     mailbox: Mailbox,
     queues: Option<Queues>,
@@ -143,6 +139,7 @@ impl Member {
             process,
             group,
             heartbeat,
+            mutexes: None,
             events,
             mailbox,
             queues: None,
@@ -160,7 +157,9 @@ impl Member {
     pub fn run(mut self, inbox: &mpsc::Receiver<Command>, waker: &EventFd) {
         let mut tick = Instant::now();
         while self.turn(inbox, &mut tick).is_ok() {
-            let wait = if self.outbox.is_empty() { TICK } else { RETRY };
+            let waits =
+                !self.outbox.is_empty() || self.mutexes.as_ref().is_some_and(|m| !m.outbox.is_empty());
+            let wait = if waits { RETRY } else { TICK };
             if let Err(e) = self.sleep(waker, wait) {
                 let _ = self.fail(format!("waiting for cluster events: {e}"));
                 return;
@@ -173,11 +172,10 @@ impl Member {
     fn sleep(&self, waker: &EventFd, wait: Duration) -> std::io::Result<()> {
         let pulse = self.heartbeat.next.saturating_duration_since(Instant::now());
         let wait = wait.min(pulse.max(Duration::from_millis(1)));
-        let mut fds = [
-            PollFd::new(self.group.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.heartbeat.group.as_fd(), PollFlags::POLLIN),
-            PollFd::new(waker.as_fd(), PollFlags::POLLIN),
-        ];
+        let groups = [&self.group, &self.heartbeat.group].into_iter();
+        let groups = groups.chain(self.mutexes.as_ref().map(|m| &m.group)).map(AsFd::as_fd);
+        let fds = groups.chain([waker.as_fd()]).map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut fds: Vec<PollFd> = fds.collect();
         match poll(&mut fds, PollTimeout::from(wait.as_millis() as u16)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
@@ -197,6 +195,12 @@ impl Member {
         while let Ok(command) = inbox.try_recv() {
             match command {
                 Command::Request(request, reply) => self.request(request, reply)?,
+                Command::Lock(id, reply) => self.lock(id, reply),
+                Command::Unlock(number, done) => {
+                    if let Some(mutexes) = &mut self.mutexes {
+                        mutexes.end(number, done);
+                    }
+                }
                 Command::JoinAnswer(question, info) => {
                     let actions = self.queues.as_mut().map(|q| q.join_answered(question, info.map(|i| *i)));
                     self.act(actions.unwrap_or_default())?;
@@ -224,6 +228,11 @@ impl Member {
         }
         self.send_block();
         self.flush()?;
+        if let Some(mutexes) = &mut self.mutexes
+            && let Err(text) = mutexes.turn(&self.mailbox, &self.heartbeat.lease)
+        {
+            return self.fail(text);
+        }
         self.beat()
     }
 
@@ -405,6 +414,8 @@ impl Member {
             }
             (Request::Leave, Some(me)) if !self.left && joined => {
                 self.left = true;
+                // Out of their group: the others get what this process had.
+                self.mutexes = None;
                 return self.queue(me, Body::Leave, reply);
             }
             (Request::Leave, _) => Ok(()),
@@ -435,6 +446,23 @@ impl Member {
         Ok(())
     }
 
+    fn lock(&mut self, id: u64, reply: oneshot::Sender<Result<Lock, DriverError>>) {
+        if self.left || !self.queues.as_ref().is_some_and(Queues::joined) {
+            return drop(reply.send(Err(DriverError::NotJoined)));
+        }
+        if self.mutexes.is_none() {
+            match Mutexes::enter(self.process) {
+                Ok(mutexes) => self.mutexes = Some(mutexes),
+                Err(e) => return drop(reply.send(Err(e))),
+            }
+        }
+        if let Some(mutexes) = &mut self.mutexes {
+            let (number, message) = mutexes.locks.want(id);
+            mutexes.waiting.insert(number, reply);
+            mutexes.outbox.push_back((message, None));
+        }
+    }
+
     fn join(&mut self, me: NodeRecord, info: ClusterInfo) -> Reply {
         enter(&mut self.group)?;
         enter(&mut self.heartbeat.group)?;
@@ -443,6 +471,75 @@ impl Member {
         self.queues = Some(Queues::new(peer));
         self.push(peer, Body::Join(info), None);
         Ok(())
+    }
+}
+
+impl Mutexes {
+    fn enter(process: ProcessId) -> Result<Mutexes, DriverError> {
+        let mut group = super::connect(super::LOCK_GROUP)?;
+        enter(&mut group)?;
+        let (waiting, held) = (HashMap::new(), HashMap::new());
+        Ok(Mutexes { group, locks: Locks::new(process), waiting, held, outbox: VecDeque::new() })
+    }
+
+    /// Handles what was delivered, and sends what corosync has room for.
+    fn turn(&mut self, mailbox: &Mailbox, lease: &Arc<Lease>) -> Result<(), String> {
+        for delivery in self.group.dispatch().map_err(option_lost)? {
+            let actions = match delivery {
+                Delivery::Change { members, .. } => self.locks.changed(&members),
+                Delivery::Message(bytes) => match self.locks.delivered(&bytes) {
+                    Ok(actions) => actions,
+                    Err(e) => {
+                        tracing::error!("a message in the group of the locks is skipped: {e}");
+                        continue;
+                    }
+                },
+            };
+            self.act(actions, mailbox, lease);
+        }
+        while let Some((bytes, done)) = self.outbox.pop_front() {
+            match self.group.send(&bytes) {
+                Ok(()) => drop(done.map(|d| d.send(()))),
+                Err(Code(TRY_AGAIN)) => {
+                    self.outbox.push_front((bytes, done));
+                    break;
+                }
+                Err(code) => return Err(format!("cpg_mcast_joined returned {}", code.0)),
+            }
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, actions: Vec<locks::Action>, mailbox: &Mailbox, lease: &Arc<Lease>) {
+        for action in actions {
+            match action {
+                locks::Action::Send(bytes) => self.outbox.push_back((bytes, None)),
+                locks::Action::Granted(number) => {
+                    let alive = Arc::new(());
+                    let way = mailbox.clone();
+                    let lock = Lock::new(&alive, Some(lease.clone()), move |done| {
+                        let _ = way.send(Command::Unlock(number, done));
+                    });
+                    self.held.insert(number, alive);
+                    // A caller that does not wait any more drops the lock, which ends it.
+                    drop(self.waiting.remove(&number).map(|reply| reply.send(Ok(lock))));
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, number: u64, done: oneshot::Sender<()>) {
+        self.held.remove(&number);
+        let mut done = Some(done);
+        for action in self.locks.end(number) {
+            // The end of a request grants nothing to this process before its own message came back.
+            if let locks::Action::Send(bytes) = action {
+                self.outbox.push_back((bytes, done.take()));
+            }
+        }
+        if let Some(done) = done {
+            let _ = done.send(());
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod ffi;
 mod layout;
+mod locks;
 mod member;
 mod queues;
 
@@ -13,16 +14,18 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, NodeRecord};
+use sheepdog_proto::NodeRecord;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use crate::{BoxFuture, Driver, DriverError, Event, Lease};
+use crate::{BoxFuture, Driver, DriverError, Event, Lease, Lock, Reply, Request};
 use ffi::{ACCESS, Code, Group, SECURITY, TRY_AGAIN};
-use member::{Command, Member, Reply, Request};
+use member::{Command, Member};
 
 /// The group of all sheep of a corosync cluster.
 const GROUP: &str = "sheepdog";
+/// The group of those that use [`locks`].
+const LOCK_GROUP: &str = "sheepdog-locks";
 /// Attempts to reach a corosync that is just starting.
 const CONNECT_ATTEMPTS: usize = 10;
 /// Between two of them.
@@ -115,23 +118,6 @@ impl CorosyncDriver {
             .map_err(DriverError::Start)?;
         Ok((CorosyncDriver { mailbox, lease, _events: events }, receiver))
     }
-
-    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.mailbox.send(Command::Request(request, reply));
-        Box::pin(async move {
-            sent?;
-            answer.await.unwrap_or(Err(DriverError::Stopped))
-        })
-    }
-
-    fn message(&self, message: Vec<u8>, request: fn(Vec<u8>) -> Request) -> BoxFuture<'_, Reply> {
-        if message.len() > MAX_CLUSTER_MESSAGE {
-            let error = DriverError::MessageTooLong { got: message.len(), max: MAX_CLUSTER_MESSAGE };
-            return Box::pin(async { Err(error) });
-        }
-        self.request(request(message))
-    }
 }
 
 impl Drop for CorosyncDriver {
@@ -158,36 +144,26 @@ impl Driver for CorosyncDriver {
         Some(self.lease.clone())
     }
 
-    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Reply> {
-        if info.nodes.len() > layout::MAX_INFO_NODES {
-            let error = DriverError::InfoTooLong { got: info.nodes.len(), max: layout::MAX_INFO_NODES };
-            return Box::pin(async { Err(error) });
-        }
-        self.request(Request::Join(me, Box::new(info)))
+    fn max_info_nodes(&self) -> usize {
+        layout::MAX_INFO_NODES
     }
 
-    fn leave(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Leave)
+    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.mailbox.send(Command::Request(request, reply));
+        Box::pin(async move {
+            sent?;
+            answer.await.unwrap_or(Err(DriverError::Stopped))
+        })
     }
 
-    fn end(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::End)
-    }
-
-    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        self.message(message, Request::Notify)
-    }
-
-    fn block(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Block)
-    }
-
-    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        self.message(message, Request::Unblock)
-    }
-
-    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Reply> {
-        self.request(Request::Update(node))
+    fn lock(&self, id: u64) -> BoxFuture<'_, Result<Lock, DriverError>> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.mailbox.send(Command::Lock(id, reply));
+        Box::pin(async move {
+            sent?;
+            answer.await.unwrap_or(Err(DriverError::Stopped))
+        })
     }
 }
 

@@ -23,12 +23,9 @@ use super::layout::{
 use super::liveness::Liveness;
 use super::queue::{Locked, QueueFile};
 use super::wake::Sleeper;
-use crate::{Answer, DriverError, Event};
+use crate::{Answer, DriverError, Event, Reply, Request};
 
 type Result<T> = std::result::Result<T, DriverError>;
-/// Answer to a request.
-pub type Reply = Result<()>;
-
 /// How often dead processes are looked for, questions answered "no" repeated, and the write quota renewed.
 const TICK: Duration = Duration::from_millis(50);
 /// Most events that all processes together write to a ring in one [`TICK`]: readers that wake up at least that often
@@ -37,7 +34,7 @@ const TICK_QUOTA: usize = 400;
 /// Most unconsumed block events, with room for what others write at the same moment.
 const MAX_PENDING_BLOCKS: usize = SLOTS - 50;
 /// Longest member list of a cluster info in an event.
-const MAX_INFO_NODES: usize = (BUF_LEN - ClusterInfoHeader::LEN) / NodeRecord::LEN;
+pub const MAX_INFO_NODES: usize = (BUF_LEN - ClusterInfoHeader::LEN) / NodeRecord::LEN;
 
 /// What the thread is asked to do.
 pub enum Command {
@@ -49,22 +46,6 @@ pub enum Command {
     BlockAnswer(u64, bool),
     /// End the thread.
     Stop,
-}
-
-/// A call of the daemon.
-pub enum Request {
-    /// Write JOIN.
-    Join(NodeRecord, Box<ClusterInfo>),
-    /// Write GATEWAY.
-    Leave,
-    /// Write NOTIFY.
-    Notify(Vec<u8>),
-    /// Write BLOCK.
-    Block,
-    /// Void the granted block and write NOTIFY.
-    Unblock(Vec<u8>),
-    /// Write UPDATE_NODE.
-    Update(NodeRecord),
 }
 
 /// A question on its way to the daemon.
@@ -236,7 +217,8 @@ impl Member {
     fn handle(&mut self, file: &Locked, request: Request) -> Reply {
         match request {
             Request::Join(me, info) => self.join(file, me, &info),
-            Request::Leave => self.leave(file),
+            // The end of the process is seen as such.
+            Request::Leave | Request::End => self.leave(file),
             Request::Notify(message) => {
                 let me = self.me.ok_or(DriverError::NotJoined)?;
                 self.append(file, NONBLOCK, EventKind::Notify, me, message)

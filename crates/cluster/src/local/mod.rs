@@ -3,6 +3,7 @@
 
 mod layout;
 mod liveness;
+mod locks;
 mod member;
 mod pidfd;
 mod queue;
@@ -13,16 +14,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 
 use nix::sys::eventfd::EventFd;
-use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, NodeRecord};
+use sheepdog_proto::NodeRecord;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
 pub use layout::MAX_LOCAL_NODES;
 pub use wake::block_event_signal;
 
-use crate::{BoxFuture, Driver, DriverError, Event};
+use crate::{BoxFuture, Driver, DriverError, Event, Lock, Reply, Request};
 use liveness::Liveness;
-use member::{Command, Member, Reply, Request};
+use locks::Locks;
+use member::{Command, Member};
 use queue::QueueFile;
 
 /// Where the queue file is without an option.
@@ -33,6 +35,7 @@ pub const DEFAULT_PATH: &str = "/tmp/sheepdog_shm";
 pub struct LocalDriver {
     path: PathBuf,
     mailbox: Mailbox,
+    locks: Locks,
 }
 
 /// The way to the driver thread.
@@ -68,16 +71,7 @@ impl LocalDriver {
             .name("cluster".to_owned())
             .spawn(move || member.run(&inbox, &sleeper))
             .map_err(io("no thread for"))?;
-        Ok((LocalDriver { path: path.to_owned(), mailbox }, receiver))
-    }
-
-    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.mailbox.send(Command::Request(request, reply));
-        Box::pin(async move {
-            sent?;
-            answer.await.unwrap_or(Err(DriverError::Stopped))
-        })
+        Ok((LocalDriver { path: path.to_owned(), mailbox, locks: Locks::new(path) }, receiver))
     }
 }
 
@@ -85,13 +79,6 @@ impl Drop for LocalDriver {
     fn drop(&mut self) {
         let _ = self.mailbox.send(Command::Stop);
     }
-}
-
-fn check_length(message: &[u8]) -> Result<(), DriverError> {
-    if message.len() > MAX_CLUSTER_MESSAGE {
-        return Err(DriverError::MessageTooLong { got: message.len(), max: MAX_CLUSTER_MESSAGE });
-    }
-    Ok(())
 }
 
 impl Driver for LocalDriver {
@@ -117,34 +104,21 @@ impl Driver for LocalDriver {
         })
     }
 
-    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Reply> {
-        self.request(Request::Join(me, Box::new(info)))
+    fn max_info_nodes(&self) -> usize {
+        member::MAX_INFO_NODES
     }
 
-    fn leave(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Leave)
+    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.mailbox.send(Command::Request(request, reply));
+        Box::pin(async move {
+            sent?;
+            answer.await.unwrap_or(Err(DriverError::Stopped))
+        })
     }
 
-    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        match check_length(&message) {
-            Ok(()) => self.request(Request::Notify(message)),
-            Err(e) => Box::pin(async { Err(e) }),
-        }
-    }
-
-    fn block(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Block)
-    }
-
-    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        match check_length(&message) {
-            Ok(()) => self.request(Request::Unblock(message)),
-            Err(e) => Box::pin(async { Err(e) }),
-        }
-    }
-
-    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Reply> {
-        self.request(Request::Update(node))
+    fn lock(&self, id: u64) -> BoxFuture<'_, Result<Lock, DriverError>> {
+        Box::pin(self.locks.lock(id))
     }
 }
 

@@ -258,7 +258,8 @@ impl Link {
     /// The number that the next queue entry gets: entries created so far, as the servers count.
     pub async fn next_number(&self) -> Result<i64, Fault> {
         let stat = self.stat("/queue").await?.ok_or(Fault::Refused(ZkError::NoNode))?;
-        Ok((i64::from(stat.cversion) + i64::from(stat.num_children)) / 2)
+        // Twice the creations less the children; negative beyond 2^30 creations, and whole again as an unsigned number.
+        Ok(i64::from(stat.cversion.wrapping_add(stat.num_children) as u32) / 2)
     }
 }
 

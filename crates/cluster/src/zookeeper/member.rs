@@ -11,10 +11,7 @@ use super::link::{Fault, LinkOwner};
 use super::option::Options;
 use super::queue::Read;
 use super::session::{Input, Outcome, Session};
-use crate::{DriverError, Event, Lease};
-
-/// Answer to a request.
-pub type Reply = Result<(), DriverError>;
+use crate::{DriverError, Event, Lease, Lock, Reply, Request};
 
 /// Between two attempts to get a new session.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -23,6 +20,8 @@ const RECONNECT: Duration = Duration::from_secs(1);
 pub enum Command {
     /// A call of the daemon.
     Request(Request, oneshot::Sender<Reply>),
+    /// Get the mutex with this number.
+    Lock(u64, oneshot::Sender<Result<Lock, DriverError>>),
     /// The verdict on a join.
     JoinAnswer(u64, u64, Option<Box<ClusterInfo>>),
     /// Whether the mutex was taken.
@@ -31,22 +30,6 @@ pub enum Command {
     Input(u64, Input),
     /// End the thread.
     Stop,
-}
-
-/// A call of the daemon.
-pub enum Request {
-    /// Write JOIN.
-    Join(NodeRecord, Box<ClusterInfo>),
-    /// Write LEAVE.
-    Leave,
-    /// Write NOTIFY.
-    Notify(Vec<u8>),
-    /// Write BLOCK.
-    Block,
-    /// Write UNBLOCK.
-    Unblock(Vec<u8>),
-    /// Write UPDATE_NODE.
-    Update(NodeRecord),
 }
 
 /// See the module's documentation.
@@ -118,6 +101,13 @@ impl Member {
         let generation = self.generation;
         let result = match command {
             Command::Request(request, reply) => self.request(request, reply).await,
+            Command::Lock(id, reply) => {
+                match self.session.as_mut() {
+                    Some(session) => session.lock(id, reply),
+                    None => drop(reply.send(Err(DriverError::NotJoined))),
+                }
+                Ok(())
+            }
             Command::JoinAnswer(g, question, info) if g == generation => match self.session.as_mut() {
                 Some(session) => session.join_answered(question, info).await,
                 None => Ok(()),
@@ -163,14 +153,14 @@ impl Member {
         let Some(session) = self.session.as_mut() else {
             match request {
                 Request::Join(me, info) => self.join(me, *info, reply).await,
-                Request::Leave => drop(reply.send(Ok(()))),
+                Request::Leave | Request::End => drop(reply.send(Ok(()))),
                 _ => drop(reply.send(Err(DriverError::NotJoined))),
             }
             return Ok(());
         };
         match request {
             Request::Join(..) => drop(reply.send(Err(DriverError::AlreadyJoined))),
-            Request::Leave => return session.leave(reply).await,
+            Request::Leave | Request::End => return session.leave(reply).await,
             Request::Notify(message) => session.notify(message, reply),
             Request::Block => session.block(reply),
             Request::Unblock(message) => session.unblock(message, reply),

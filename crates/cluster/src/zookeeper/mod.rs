@@ -9,6 +9,7 @@ mod election;
 mod history;
 mod layout;
 mod link;
+mod locks;
 mod member;
 mod option;
 mod queue;
@@ -18,13 +19,13 @@ mod tasks;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, MAX_NODES, NodeId, NodeRecord};
+use sheepdog_proto::{MAX_NODES, NodeId, NodeRecord};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use crate::{BoxFuture, Driver, DriverError, Event, Lease};
+use crate::{BoxFuture, Driver, DriverError, Event, Lease, Lock, Reply, Request};
 use link::{Fault, LinkOwner};
-use member::{Command, Member, Reply, Request};
+use member::{Command, Member};
 use option::Options;
 
 /// How long the thread lives on for the library to close the session.
@@ -77,23 +78,6 @@ impl ZookeeperDriver {
         let present = outcome.recv().map_err(|_| DriverError::Stopped)??;
         Ok((ZookeeperDriver { commands, present, lease }, receiver))
     }
-
-    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.commands.send(Command::Request(request, reply));
-        Box::pin(async move {
-            sent.map_err(|_| DriverError::Stopped)?;
-            answer.await.unwrap_or(Err(DriverError::SessionLost))
-        })
-    }
-
-    fn message(&self, message: Vec<u8>, request: fn(Vec<u8>) -> Request) -> BoxFuture<'_, Reply> {
-        if message.len() > MAX_CLUSTER_MESSAGE {
-            let error = DriverError::MessageTooLong { got: message.len(), max: MAX_CLUSTER_MESSAGE };
-            return Box::pin(async { Err(error) });
-        }
-        self.request(request(message))
-    }
 }
 
 impl Drop for ZookeeperDriver {
@@ -144,32 +128,26 @@ impl Driver for ZookeeperDriver {
         Some(self.lease.clone())
     }
 
-    fn join(&self, me: NodeRecord, info: ClusterInfo) -> BoxFuture<'_, Reply> {
-        if info.nodes.len() > MAX_NODES {
-            let error = DriverError::InfoTooLong { got: info.nodes.len(), max: MAX_NODES };
-            return Box::pin(async { Err(error) });
-        }
-        self.request(Request::Join(me, Box::new(info)))
+    fn max_info_nodes(&self) -> usize {
+        MAX_NODES
     }
 
-    fn leave(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Leave)
+    fn request(&self, request: Request) -> BoxFuture<'_, Reply> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.send(Command::Request(request, reply));
+        Box::pin(async move {
+            sent.map_err(|_| DriverError::Stopped)?;
+            answer.await.unwrap_or(Err(DriverError::SessionLost))
+        })
     }
 
-    fn notify(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        self.message(message, Request::Notify)
-    }
-
-    fn block(&self) -> BoxFuture<'_, Reply> {
-        self.request(Request::Block)
-    }
-
-    fn unblock(&self, message: Vec<u8>) -> BoxFuture<'_, Reply> {
-        self.message(message, Request::Unblock)
-    }
-
-    fn update_node(&self, node: NodeRecord) -> BoxFuture<'_, Reply> {
-        self.request(Request::Update(node))
+    fn lock(&self, id: u64) -> BoxFuture<'_, Result<Lock, DriverError>> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.send(Command::Lock(id, reply));
+        Box::pin(async move {
+            sent.map_err(|_| DriverError::Stopped)?;
+            answer.await.unwrap_or(Err(DriverError::SessionLost))
+        })
     }
 }
 

@@ -14,10 +14,11 @@ use super::election::{self, Progress, Standing};
 use super::history::History;
 use super::layout::{Body, Entry, encode_position, encode_session, member_path, position_path};
 use super::link::{Fault, Link, LinkOwner, fence};
-use super::member::{Command, Reply};
+use super::locks::Locks;
+use super::member::Command;
 use super::queue::{self, Read, Write};
 use super::tasks::{Tell, enter, log_fault, watch_member, watch_session};
-use crate::{Answer, DriverError, Event, Lease};
+use crate::{Answer, DriverError, Event, Lease, Lock, Reply};
 
 /// Entries read ahead of the daemon; each may have a megabyte.
 const READ_AHEAD: usize = 8;
@@ -96,6 +97,7 @@ pub struct Session {
     /// `leave` was called.
     pub leaving: bool,
     left: Vec<oneshot::Sender<Reply>>,
+    locks: Locks,
 }
 
 impl Session {
@@ -119,7 +121,8 @@ impl Session {
         let election = election::compete(link.clone(), me.nid, entering, elect);
         let election = tasks.spawn(log_fault("election", election));
         tasks.spawn(log_fault("queue", queue::write(link.clone(), orders, position.clone())));
-        tasks.spawn(fence(link.clone(), lease, events.clone()));
+        tasks.spawn(fence(link.clone(), lease.clone(), events.clone()));
+        let locks = Locks::new(link.clone(), me.nid, lease);
         tasks.spawn(watch_session(link.clone(), standing.clone(), tell.clone()));
         let join = Entry { id: rand::random(), sender: me, body: Body::Join(info) };
         tasks.spawn(enter(link, join, progress.clone(), standing.clone(), tell));
@@ -147,6 +150,7 @@ impl Session {
             joining: None,
             leaving: false,
             left: Vec::new(),
+            locks,
         }
     }
 
@@ -209,6 +213,15 @@ impl Session {
         self.write(Body::Unblock(message), self.me, reply);
     }
 
+    /// A mutex by number, for members.
+    pub fn lock(&mut self, id: u64, reply: oneshot::Sender<Result<Lock, DriverError>>) {
+        if self.leaving || !self.joined() {
+            let _ = reply.send(Err(DriverError::NotJoined));
+        } else {
+            self.locks.lock(id, reply);
+        }
+    }
+
     /// UPDATE_NODE.
     pub fn update(&mut self, node: NodeRecord, reply: oneshot::Sender<Reply>) {
         if node.nid != self.me.nid {
@@ -227,6 +240,7 @@ impl Session {
         self.leaving = true;
         self.election.abort();
         self.left.push(reply);
+        self.locks.end();
         election::withdraw(self.link(), &self.me.nid).await?;
         let (ignored, _) = oneshot::channel();
         self.write(Body::Leave, self.me, ignored);

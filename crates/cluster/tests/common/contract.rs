@@ -125,3 +125,59 @@ pub fn calls_out_of_place_are_errors(cluster: &mut Cluster) {
     cluster.send(7001, &format!("notify {}", &long[1..]));
     cluster.wait(7001, "notify 127.0.0.1:7001 xxx");
 }
+
+/// The members 7001 to 7003 want mutexes by number; one of them dies with one.
+pub fn locks_exclude_and_end_with_their_holder(cluster: &mut Cluster) {
+    cluster.send(7001, "lock 5");
+    cluster.wait(7001, "locked 5");
+    cluster.send(7002, "lock 18446744073709551615");
+    cluster.wait(7002, "locked 18446744073709551615");
+    for port in [7002, 7003] {
+        cluster.send(port, "lock 5");
+    }
+    // Nothing of it holds up the rest.
+    one_block_at_a_time(cluster, 1);
+    let have = |c: &Cluster| [7002, 7003].map(|p| c.count(p, "locked 5"));
+    assert_eq!(have(cluster), [0, 0], "two have it");
+    cluster.send(7001, "unlock 5");
+    cluster.wait(7001, "unlocked 5");
+    while have(cluster) == [0, 0] {
+        cluster.next();
+    }
+    let [first, second] = if have(cluster)[0] == 1 { [7002, 7003] } else { [7003, 7002] };
+    cluster.settle("one");
+    assert_eq!(cluster.count(second, "locked 5"), 0, "two have it");
+    cluster.kill(first);
+    cluster.wait(second, "locked 5");
+    // One process asks twice.
+    cluster.send(7001, "lock 6");
+    cluster.wait(7001, "locked 6");
+    cluster.send(second, "lock 6");
+    cluster.send(second, "lock 6");
+    cluster.send(7001, "unlock 6");
+    cluster.wait(second, "locked 6");
+    cluster.settle("twice");
+    assert_eq!(cluster.count(second, "locked 6"), 1, "one process has it twice");
+    let log = cluster.log(7001).join("\n") + &cluster.log(second).join("\n");
+    assert!(!log.contains("error lock") && !log.contains("error unlock"), "{log}");
+}
+
+/// 7001 is a member, 7002 is none: it has no locks, and 7001 none any more after it left.
+pub fn locks_are_for_members(cluster: &mut Cluster) {
+    cluster.start(7002);
+    cluster.send(7002, "lock 1");
+    cluster.wait(7002, "error lock: not a member of the cluster");
+    cluster.send(7002, "join");
+    cluster.wait(7002, "accept 127.0.0.1:7002 ");
+    cluster.send(7001, "lock 1");
+    cluster.wait(7001, "locked 1");
+    cluster.send(7002, "lock 1");
+    cluster.settle("asked");
+    assert_eq!(cluster.count(7002, "locked"), 0);
+    cluster.send(7001, "leave");
+    cluster.wait(7002, "locked 1");
+    cluster.send(7001, "unlock 1");
+    cluster.wait(7001, "error unlock: the lock was lost");
+    cluster.send(7001, "lock 2");
+    cluster.wait(7001, "error lock: not a member of the cluster");
+}

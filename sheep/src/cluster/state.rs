@@ -92,6 +92,9 @@ pub struct State {
     pub left: bool,
     /// The `config` file's contents.
     pub config: StoreConfig,
+    /// The last epoch in this node's own log. It did not see what happened in later ones, even if it is in their lists: others
+    /// may have logged its join, and it died before it put its objects away.
+    logged: Epoch,
     wildcard_pending: bool,
     completed: (Epoch, Vec<NodeId>),
 }
@@ -139,6 +142,7 @@ impl State {
             joined: false,
             left: false,
             config,
+            logged: epoch,
             wildcard_pending: startup.wildcard,
             completed: (Epoch(0), Vec::new()),
         }
@@ -298,7 +302,7 @@ impl State {
             return actions;
         }
         let store_chosen = !cstr(&self.info.header.default_store).is_empty();
-        let was_member = self.info.nodes.iter().any(|n| n.nid == self.me.nid);
+        let was_member = !self.missed_epochs() && self.info.nodes.iter().any(|n| n.nid == self.me.nid);
         if store_chosen && !self.startup.gateway && !was_member {
             actions.push(Action::StashAll);
         }
@@ -307,6 +311,10 @@ impl State {
         self.fetch_tables(node, is_me, &mut actions);
         self.hand_over_locks(answered_epoch, is_me, &mut actions);
         actions
+    }
+
+    fn missed_epochs(&self) -> bool {
+        self.logged.is_before(self.epoch())
     }
 
     /// Locks live in memory only: members keep a copy for the joiner, which asks for it (spec 05, section 18).
@@ -341,8 +349,10 @@ impl State {
         if ids(&self.members) != ids(&old) {
             self.raise_epoch(old, actions);
         } else {
+            let missed = self.missed_epochs();
             actions.push(Action::KeepEpoch);
-            if self.config.shutdown == 0 || self.wildcard_pending {
+            self.logged = self.epoch();
+            if self.config.shutdown == 0 || self.wildcard_pending || missed {
                 let round = Round {
                     epoch: self.epoch(),
                     tgt_epoch: self.epoch(),
@@ -375,6 +385,7 @@ impl State {
         // A crash after the log would leave objects that this node no longer has at home among the current ones.
         actions.push(Action::StashMoved(tgt_epoch));
         actions.push(Action::SaveEpoch);
+        self.logged = self.epoch();
         actions.push(Action::Recover(Round {
             epoch: self.epoch(),
             tgt_epoch,
@@ -454,6 +465,7 @@ impl State {
         h.epoch = Epoch(1);
         self.info.nodes = self.members.clone();
         self.status = ClusterStatus::Ok;
+        self.logged = Epoch(1);
         self.completed = (Epoch(0), Vec::new());
         self.learn_config();
         self.config.shutdown = 0;

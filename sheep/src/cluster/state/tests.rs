@@ -160,6 +160,31 @@ fn an_unclean_restart_recovers_the_same_epoch_without_announcing() {
     }
 }
 
+/// The others logged an epoch with a node that was killed before it had put its objects away: it is not in it.
+#[test]
+fn a_node_that_died_while_it_joined_has_outdated_objects() {
+    let mut states = formatted(&[1, 2, 3]);
+    let mut late = restart(&states.remove(2));
+    late.config.shutdown = 1;
+    let (gone, rest) = (late.me, states.iter().map(|s| s.me).collect::<Vec<_>>());
+    for s in &mut states {
+        s.leave(&gone, rest.clone());
+    }
+    states.push(late.clone());
+    join(&mut states, 2);
+    assert_eq!(epochs(&states), [3, 3, 3]);
+    // All are killed; of the last one nothing has reached the disk.
+    let mut states = vec![restart(&states[0]), restart(&states[1]), late];
+    join(&mut states, 2);
+    join(&mut states, 0);
+    let actions = join(&mut states, 1);
+    assert_eq!(epochs(&states), [3, 3, 3]);
+    assert!(
+        actions[2].contains(&Action::StashAll) && actions[2].iter().any(|a| matches!(a, Action::Recover(_)))
+    );
+    assert!(!actions[0].contains(&Action::StashAll) && !actions[1].contains(&Action::StashAll));
+}
+
 #[test]
 fn the_newest_epoch_anybody_brings_wins_while_waiting() {
     let mut old = formatted(&[1, 2]);

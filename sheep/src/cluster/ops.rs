@@ -323,7 +323,8 @@ pub fn release_vdi<'a>(
         let body = message.request.vdi();
         let vid = body.base_vdi_id;
         // For a node that is gone: only what it still owns.
-        let owner = NodeId::decode(&message.data).ok();
+        let named = message.data.len() == <NodeId as Wire>::SIZE; // clients send the VDI's name
+        let owner = if named { NodeId::decode(&message.data).ok() } else { None };
         if task.sheep.vdis.is_collecting() {
             task.lock_log.push(match owner {
                 Some(owner) => LockChange::ReleaseOfLost(vid, owner),

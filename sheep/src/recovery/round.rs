@@ -26,6 +26,8 @@ const LIST_BUFFER: (usize, usize) = (4 << 20, 1 << 30);
 const PASS_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Objects in flight per disk.
 const PER_DISK: usize = 2;
+/// So few objects are over before anybody notices: they are not paced.
+const FEW: usize = 32;
 /// How often a pass looks whether it may begin more, if nothing tells it earlier.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
@@ -280,7 +282,9 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
         let mut look_again = Instant::now() + LOOK_AGAIN;
         while !active.is_replaced() {
             let now = Instant::now();
-            let (limits, clients) = (sheep.recovery.throttling(), sheep.stats.clients.about(now));
+            let many = active.work.lock().todo.len() > FEW;
+            let clients = if many { sheep.stats.clients.about(now) } else { None };
+            let limits = sheep.recovery.throttling();
             match pace.verdict(&Moment { now, limits, clients, flying: flying.len(), width }) {
                 Verdict::Begin => {}
                 Verdict::Wait(until) => {

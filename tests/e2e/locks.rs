@@ -183,10 +183,14 @@ fn locks_of_a_lost_node_are_released_after_the_grace() {
     wait_for("the lock to be released", std::time::Duration::from_secs(30), || {
         (lock(&cluster, 1, "lost") == ResultCode::SUCCESS).then_some(())
     });
-    assert_eq!(lock_state(&cluster, lost), json!({"lock_state": "LOCKED", "owner_node": 1}));
+    let locked = json!({"lock_state": "LOCKED", "owner_node": 1});
+    wait_for("node 0 to hear of it", std::time::Duration::from_secs(30), || {
+        (lock_state(&cluster, lost) == locked).then_some(())
+    });
     wait_for("the grace to pass for node 2", std::time::Duration::from_secs(30), || {
         (0..2).any(|n| cluster.nodes[n].log().contains("is back within the grace")).then_some(())
     });
+    assert_eq!(lock_state(&cluster, lost), locked);
     assert_eq!(lock_state(&cluster, kept), json!({"lock_state": "LOCKED", "owner_node": 2}));
     assert_eq!(lock(&cluster, 1, "kept"), ResultCode::VDI_LOCKED);
 }

@@ -78,6 +78,9 @@ fn entries_that_all_members_have_passed_long_ago_are_removed_and_joins_go_on() {
     assert_eq!(cluster.count(7004, "granted"), 0);
     cluster.send(7002, "unblock done");
     cluster.wait(7004, "granted");
+    for port in [7001, 7002, 7003, 7004] {
+        cluster.wait(port, "notify 127.0.0.1:7002 done");
+    }
     cluster.assert_one_history();
 }
 

@@ -236,7 +236,7 @@ fn moving(blocks: u32) -> (Cluster, Vdi) {
 /// with the suffix of the new epoch.
 #[test]
 fn objects_moved_away_under_a_later_epoch_are_found() {
-    let (mut cluster, vdi) = moving(16);
+    let (mut cluster, vdi) = moving(48);
     for node in &cluster.nodes[..3] {
         for (name, path) in node.stale_files() {
             let late = name.replace(".2", ".3");
@@ -247,14 +247,14 @@ fn objects_moved_away_under_a_later_epoch_are_found() {
         cluster.start(node);
     }
     cluster.wait_recovered();
-    assert_everywhere(&mut cluster, vdi.vid(), 16, 9);
+    assert_everywhere(&mut cluster, vdi.vid(), 48, 9);
     cluster.assert_replicas_equal(1);
 }
 
 /// A power cut between the moves and the epoch log: the old epoch goes on, and what was moved away is the only copy.
 #[test]
 fn objects_moved_away_for_an_epoch_that_never_was_are_found() {
-    let (mut cluster, vdi) = moving(16);
+    let (mut cluster, vdi) = moving(48);
     for node in &cluster.nodes[..3] {
         fs::remove_file(node.dir.join("epoch/00000003")).expect("remove the log");
     }
@@ -263,7 +263,7 @@ fn objects_moved_away_for_an_epoch_that_never_was_are_found() {
     }
     cluster.wait_recovered();
     cluster.wait_epoch(2);
-    assert_everywhere(&mut cluster, vdi.vid(), 16, 9);
+    assert_everywhere(&mut cluster, vdi.vid(), 48, 9);
     cluster.assert_replicas_equal(1);
 }
 

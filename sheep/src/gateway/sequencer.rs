@@ -53,10 +53,15 @@ pub async fn send(
         }
         Op::Write { data, .. } | Op::Create { data, .. } => (request.flag(Flags::WRITE), data.clone()),
     };
-    // A node that is leaving does not wait: the first home may be waiting for it to be gone.
+    // A node that is leaving does not wait: the first home may be waiting for it to be gone. Nor does anybody for a home that
+    // has left: a connection to a silent one may have been opened after all others to it were closed.
+    let over = |view: &View| view.status == ClusterStatus::Killed || !view.is_member(&first);
     let answer = tokio::select! {
         answer = sheep.peers.call_on(Lane::Through, &first, request.with_order(body), payload, THROUGH_DEADLINE) => answer,
-        _ = sheep.views.until(|view| view.status == ClusterStatus::Killed) => return Err(ResultCode::KILLED.into()),
+        view = sheep.views.until(over) => {
+            let killed = view.status == ClusterStatus::Killed;
+            return Err(if killed { ResultCode::KILLED } else { ResultCode::NETWORK_ERROR }.into());
+        }
     };
     let reply = answer.map_err(|error| {
         tracing::debug!("{first}: {error}");

@@ -224,6 +224,7 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
             Ok(Some(bytes)) => Ok(bytes),
             Err(error) => Err(error),
         },
+        false if recovering => store.read_once(replica, body.offset.into(), len).await,
         false => store.read(replica, body.offset.into(), len).await,
     };
     match found {

@@ -102,6 +102,50 @@ fn copies_of_a_vdi_are_altered() {
     cluster.assert_replicas_equal(1);
 }
 
+/// 05, 19: what asks for other copies dies after the inode was written and before the nodes are told. Nothing is lost; the
+/// same command finishes it, and so does a restart of all nodes.
+#[test]
+fn a_change_of_copies_that_stopped_half_way_can_be_finished() {
+    for finish_by_restart in [false, true] {
+        let mut cluster = Cluster::new(4);
+        cluster.dog(&["vdi", "create", "vm", "16M", "-c", "1"]).ok();
+        let data = pattern(5, 9 << 20);
+        cluster.dog_in(&["vdi", "write", "vm", "0", "9M"], &data).ok();
+        let mut client = cluster.client();
+        let vid = client.lookup("vm", "", 0).expect("it exists");
+        let nr_copies_at = 554;
+        let written = client.write_obj(Oid::inode(vid), nr_copies_at, &[3]).expect("an answer");
+        assert_eq!(written, ResultCode::SUCCESS);
+        assert_eq!(client.inode(vid).expect("its inode").nr_copies, 3);
+        let check = |cluster: &Cluster| {
+            let mut client = cluster.nodes[0].client();
+            let vdi = Vdi::open(&mut client, vid).expect("open");
+            for node in &cluster.nodes {
+                assert!(vdi.read(&mut node.client(), 0, 9 << 20).expect("read") == data);
+            }
+        };
+        check(&cluster);
+        if finish_by_restart {
+            cluster.kill9_all();
+            (0..4).for_each(|i| cluster.start(i));
+            cluster.wait_recovered();
+            let checked = cluster.dog(&["vdi", "check", "vm"]);
+            assert_eq!(checked.code, 0, "{checked:?}");
+        } else {
+            cluster.dog(&["vdi", "alter-copy", "vm", "-c", "3", "-f"]).ok();
+            cluster.wait_recovered();
+        }
+        for oid in (0..3).map(|i| Oid::data(vid, i)).chain([Oid::inode(vid)]) {
+            let mut homes = cluster.homes(oid, 3);
+            homes.sort();
+            wait(&format!("{oid} to be on {homes:?}"), || cluster.holders(oid) == homes);
+        }
+        check(&cluster);
+        let again = cluster.dog(&["vdi", "alter-copy", "vm", "-c", "3", "-f"]);
+        assert!(again.code == 1 && again.stderr.contains("nothing changed"), "{again:?}");
+    }
+}
+
 /// 05, 12: after a restart and a live rollback the parents of the table and of the inodes differ; every part of the
 /// family is still collected, and the ids are used again.
 #[test]

@@ -2,9 +2,9 @@
 
 use sheepdog_proto::header::{ObjRequest, RefRequest, VdiRequest, VdiStateRequest};
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_HEADER_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, table_offset};
-use sheepdog_proto::{CopyPolicy, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire};
+use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire};
 use sheepdog_testkit::vdi::name_payload;
-use sheepdog_testkit::{Client, Cluster, Vdi, wait};
+use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 
 const BLOCK: u64 = 4 << 20;
 
@@ -29,6 +29,114 @@ fn wait_empty(cluster: &Cluster) {
     wait("all objects but inodes to be gone", || {
         (0..cluster.nodes.len()).all(|i| cluster.objects_of(i).keys().all(|oid| oid.is_inode()))
     });
+}
+
+/// 05, 6: all nodes die when the base of a snapshot is written and its working VDI is not. The snapshot is whole, the name
+/// is free, and `dog vdi clone` makes it again from the snapshot; nothing is left when all of it is deleted.
+#[test]
+fn a_name_is_made_again_after_a_crash_between_snapshot_and_working_vdi() {
+    let mut cluster = Cluster::new(3);
+    cluster.dog(&["vdi", "create", "vm", "16M"]).ok();
+    cluster.dog_in(&["vdi", "write", "vm", "0", "9M"], &[7; 9 << 20]).ok();
+    cluster.dog(&["vdi", "snapshot", "vm", "-s", "s"]).ok();
+    let working = cluster.client().lookup("vm", "", 0).expect("the working VDI");
+    cluster.kill9_all();
+    // As it was a moment earlier.
+    for node in 0..3 {
+        let path = cluster.object_path(node, Oid::inode(working)).expect("its inode");
+        std::fs::remove_file(path).expect("remove");
+    }
+    (0..3).for_each(|i| cluster.start(i));
+    cluster.wait_recovered();
+    made_again(&mut cluster);
+}
+
+/// The same, but only the node dies through which the snapshot is made, and another one does not answer at that moment, so
+/// that the inode of the working VDI may be on some of its homes.
+#[test]
+fn a_name_outlives_the_node_that_makes_a_snapshot() {
+    let mut cluster = Builder::new(6).copies(3).local().start();
+    let (name, vid, silent, requester) = (0..)
+        .find_map(|n| {
+            let name = format!("vm{n}");
+            let vid = cluster.client().create_vdi(&name, 16 << 20).expect("create");
+            let next = VdiId::new(vid.get() + 1);
+            let [base, child] = [vid, next].map(|vid| cluster.homes(Oid::inode(vid), 3));
+            let silent = child.iter().copied().find(|home| *home != 0 && !base.contains(home))?;
+            let requester = (1..6).find(|i| !base.contains(i) && !child.contains(i))?;
+            Some((name, vid, silent, requester))
+        })
+        .expect("there are names enough");
+    let mut client = cluster.client();
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    for block in 0..3 {
+        vdi.write(&mut client, block * BLOCK, &[7; 3 << 20]).expect("write");
+    }
+    client.write_obj(Oid::inode(vid), 256, &name_payload("s", None)).expect("the tag");
+    cluster.sigstop(silent);
+    let mut through = cluster.nodes[requester].client();
+    let body = VdiRequest {
+        vdi_size: 16 << 20,
+        base_vdi_id: vid,
+        copies: 3,
+        block_size_shift: 22,
+        snapid: 1,
+        ..VdiRequest::zeroed()
+    };
+    let request = Request::new(Opcode::NEW_VDI).flag(Flags::WRITE).with_vdi(body);
+    let payload = name_payload(&name, None);
+    through.send(request.length(payload.len()), &payload).expect("send");
+    wait("the base to be a snapshot", || client.inode(vid).is_ok_and(|header| header.snap_ctime != 0));
+    // Now the working VDI's inode is being written to the homes that answer, and to the silent one.
+    wait("a part of the homes to have the child", || {
+        !cluster.holders(Oid::inode(VdiId::new(vid.get() + 1))).is_empty()
+    });
+    cluster.kill9(requester);
+    cluster.sigcont(silent);
+    cluster.wait_members(5);
+    cluster.start(requester);
+    cluster.wait_recovered();
+    let mut client = cluster.client();
+    let snapshot = Vdi::open(&mut client, vid).expect("open");
+    assert_eq!(snapshot.read(&mut client, BLOCK, 4096).expect("the snapshot"), [7; 4096]);
+    let working = match client.lookup(&name, "", 0) {
+        Ok(working) => working,
+        Err(ResultCode::NO_VDI) => client.clone_vdi(vid, &name).expect("made again"),
+        Err(code) => panic!("{name}: {code}"),
+    };
+    let mut again = Vdi::open(&mut client, working).expect("open");
+    assert_eq!(again.read(&mut client, 2 * BLOCK, 4096).expect("the working VDI"), [7; 4096]);
+    again.write(&mut client, 0, &[8; 4096]).expect("write");
+    assert_eq!(snapshot.read(&mut client, 0, 4096).expect("the snapshot"), [7; 4096]);
+    cluster.assert_replicas_equal(3);
+}
+
+/// The name `vm`, which has a snapshot `s` full of sevens and no working VDI, gets one again.
+fn made_again(cluster: &mut Cluster) {
+    let snapshot_is_whole = |cluster: &mut Cluster| {
+        let back = cluster.client().lookup("vm", "s", 0).expect("the snapshot");
+        let mut client = cluster.client();
+        let vdi = Vdi::open(&mut client, back).expect("open");
+        assert!(vdi.read(&mut client, 0, 9 << 20).expect("read").iter().all(|byte| *byte == 7));
+    };
+    snapshot_is_whole(cluster);
+    let list = cluster.dog(&["vdi", "list", "-r"]).ok();
+    assert!(list.starts_with("s vm 1 ") && list.lines().count() == 1, "{list}");
+    let missing = cluster.dog(&["vdi", "read", "vm"]);
+    assert!(missing.code != 0 && missing.stderr.contains("No VDI found"), "{missing:?}");
+    cluster.dog(&["vdi", "clone", "-s", "s", "vm", "vm"]).ok();
+    let vid = cluster.client().lookup("vm", "", 0).expect("the working VDI");
+    let mut client = cluster.client();
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    assert!(vdi.read(&mut client, 0, 9 << 20).expect("read").iter().all(|byte| *byte == 7));
+    vdi.write(&mut client, 0, &[8; 4096]).expect("write");
+    snapshot_is_whole(cluster);
+    cluster.dog(&["vdi", "snapshot", "vm", "-s", "t"]).ok();
+    for tag in ["s", "t"] {
+        cluster.dog(&["vdi", "delete", "vm", "-s", tag]).ok();
+    }
+    cluster.dog(&["vdi", "delete", "vm"]).ok();
+    wait_empty(cluster);
 }
 
 /// 05, 9: an inherited entry sent again with its old value keeps its reference.

@@ -31,8 +31,8 @@ use crate::worker::SMALL;
 /// What creates leave free by default: a 200th of the disk, at most this many bytes.
 const MAX_RESERVE: u64 = 64 << 20;
 
-/// Recovered objects are written in pieces of so many bytes: the device works on one piece at a time, and a client's write
-/// waits for a piece, not for an object. Larger pieces are hardly faster.
+/// Bytes of a piece of what is written gently: the device works on one piece at a time, and a client's write waits for a
+/// piece, not for an object. Larger pieces are hardly faster.
 const PIECE: usize = 512 << 10;
 
 struct Slot {
@@ -176,7 +176,7 @@ fn fill(path: &Path, create: &Create, durable: bool) -> io::Result<()> {
     if keep.len() as u64 != size {
         extend(&file, size, sparse)?;
     }
-    let piece = if create.if_absent { PIECE } else { usize::MAX };
+    let piece = if create.gently { PIECE } else { usize::MAX };
     store_bytes(&file, data.slice(keep), at, durable, piece)?;
     if durable { file.sync_all() } else { Ok(()) }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Create {
     pub(crate) size: u64,
     /// Never replace a working file; the outcome says whether the file was created.
     pub(crate) if_absent: bool,
+    /// Written in small pieces, so that the requests of clients wait for a piece only.
+    pub(crate) gently: bool,
     pub(crate) done: Done<bool>,
 }
 

@@ -335,7 +335,7 @@ impl Store {
 
     /// Creates the object with `data` at `offset` and zeros elsewhere, replacing an existing one atomically.
     pub async fn create(&self, replica: Replica, size: u64, offset: u64, data: Bytes) -> Result<()> {
-        self.create_task(replica, size, offset, data, false).await.map(drop)
+        self.create_task(replica, size, offset, data, (false, false)).await.map(drop)
     }
 
     /// As [`Store::create`], but leaves an existing working file alone and returns false.
@@ -346,7 +346,13 @@ impl Store {
         offset: u64,
         data: Bytes,
     ) -> Result<bool> {
-        self.create_task(replica, size, offset, data, true).await
+        self.create_task(replica, size, offset, data, (true, false)).await
+    }
+
+    /// As [`Store::create_if_absent`] with all of an object that nobody waits for: in small pieces, so that the requests of
+    /// clients that come meanwhile wait for a piece only.
+    pub async fn restore_gently(&self, replica: Replica, data: Bytes) -> Result<bool> {
+        self.create_task(replica, data.len() as u64, 0, data, (true, true)).await
     }
 
     async fn create_task(
@@ -355,13 +361,13 @@ impl Store {
         size: u64,
         offset: u64,
         data: Bytes,
-        if_absent: bool,
+        (if_absent, gently): (bool, bool),
     ) -> Result<bool> {
         check_range(offset, data.len(), size)?;
         let permit = self.permit(data.len()).await?;
         let (tx, rx) = oneshot::channel();
         let done: Done<bool> = Box::new(move |r| drop(tx.send(r)));
-        let create = Create { replica, offset, data, size, if_absent, done };
+        let create = Create { replica, offset, data, size, if_absent, gently, done };
         self.inner.submit(Claim::whole(replica), Task::Create(create), Some(permit));
         rx.await.unwrap_or(Err(StoreError::Closed))
     }

@@ -75,7 +75,7 @@ async fn check_changeable(context: &Context, inode: &Inode, copies: u8) -> Outco
         let text = format!("{name}'s copy policy is erasure code, changing it is not supported yet.");
         return Err(fail(FAILURE, text));
     }
-    if inode.header.nr_copies == copies {
+    if inode.header.nr_copies == copies && !is_half_done(context, inode).await? {
         let text = format!("{name}'s redundancy level is already set to {copies}, nothing changed.");
         return Err(fail(FAILURE, text));
     }
@@ -89,6 +89,12 @@ async fn check_changeable(context: &Context, inode: &Inode, copies: u8) -> Outco
     }
     out::log("Only standalone vdi supports changing redundancy level.");
     Err(fail(FAILURE, format_args!("Please clone {name} with -n (--no-share) option first.")))
+}
+
+/// Whether an earlier change stopped between its two steps: the inode says something else than the nodes do (spec 05, 19).
+async fn is_half_done(context: &Context, inode: &Inode) -> Result<bool, Stop> {
+    let states = super::lock::states(&context.session).await?;
+    Ok(states.get(&inode.vid()).is_some_and(|state| state.nr_copies != inode.header.nr_copies))
 }
 
 /// Writes the inode with its old redundancy, then tells every node the new one.

@@ -344,7 +344,11 @@ impl Hunt<'_> {
         }
         // The epoch must not move between the copy and its becoming the working object.
         let _pass = sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-        let created = store.create_if_absent(Sheep::replica(self.oid), size, 0, reply.data).await;
+        let replica = Sheep::replica(self.oid);
+        let created = match super::pieces::gently(sheep, self.active, self.oid) {
+            true => store.restore_gently(replica, reply.data).await,
+            false => store.create_if_absent(replica, size, 0, reply.data).await,
+        };
         created.map(drop).map_err(|error| crate::faults::peer_result(sheep, &error))
     }
 }

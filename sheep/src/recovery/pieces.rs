@@ -14,7 +14,7 @@ use bytes::Bytes;
 use sheepdog_buffer::PageBuf;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{NodeId, Request, ResultCode};
+use sheepdog_proto::{NodeId, Oid, Request, ResultCode};
 
 use super::Active;
 use super::object::COPY_DEADLINE;
@@ -22,6 +22,11 @@ use crate::sheep::Sheep;
 
 /// Bytes of a piece. A disk is hardly faster with larger ones (docs/reliability.md).
 const PIECE: usize = 512 << 10;
+
+/// Whether an object is copied so that clients notice little of it: nobody waits for it, and there are clients.
+pub fn gently(sheep: &Sheep, active: &Active, oid: Oid) -> bool {
+    oid.is_data() && sheep.stats.clients.about(Instant::now()).is_some() && !active.is_waited_for(oid)
+}
 
 /// Asks `home` for what `request` asks for, an object from its beginning. The answer is the first one that is no success
 /// or too short, else that of the last piece with the data of all.
@@ -35,10 +40,7 @@ pub async fn read(
     let mut whole: Option<PageBuf> = None;
     let mut done = 0;
     loop {
-        let gently = body.oid.is_data()
-            && sheep.stats.clients.about(Instant::now()).is_some()
-            && !active.is_waited_for(body.oid);
-        let len = if gently { PIECE.min(size - done) } else { size - done };
+        let len = if gently(sheep, active, body.oid) { PIECE.min(size - done) } else { size - done };
         let piece = ObjRequest { offset: done as u32, ..body };
         let asked = request.length(len).with_obj(piece);
         let reply = sheep.peers.call(home, asked, Bytes::new(), COPY_DEADLINE).await;

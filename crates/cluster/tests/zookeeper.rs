@@ -340,6 +340,125 @@ fn the_last_of_dead_members_answers_a_waiting_join() {
     assert_eq!(cluster.count(7002, "join 127.0.0.1:7004 "), 1);
 }
 
+/// A client of the cluster "test", and a runtime for it.
+struct Raw {
+    runtime: tokio::runtime::Runtime,
+    client: zookeeper_client::Client,
+}
+
+impl Raw {
+    fn connect(zookeeper: &ZooKeeper) -> Raw {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let chroot = format!("{}/test", zookeeper.hosts());
+        let client = runtime.block_on(zookeeper_client::Client::connect(&chroot)).expect("a session");
+        Raw { runtime, client }
+    }
+
+    fn get(&self, path: &str) -> (Vec<u8>, zookeeper_client::Stat) {
+        self.runtime.block_on(self.client.get_data(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+
+    fn names(&self, path: &str) -> Vec<String> {
+        let mut names = self.runtime.block_on(self.client.list_children(path)).expect("the node");
+        names.sort();
+        names
+    }
+
+    fn create(&self, path: &str, data: &[u8], mode: zookeeper_client::CreateMode) {
+        let options = mode.with_acls(zookeeper_client::Acls::anyone_all());
+        let made = self.runtime.block_on(self.client.create(path, data, &options));
+        made.unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+
+    fn delete(&self, path: &str) {
+        self.runtime.block_on(self.client.delete(path, None)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+}
+
+/// 04, 12.2: what nodes of the original read, and `zk_control` of it.
+#[test]
+fn the_znodes_are_those_of_the_original() {
+    let zookeeper = ZooKeeper::start(1);
+    let _cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002]);
+    let raw = Raw::connect(&zookeeper);
+    let members = ["IPv4 ip:127.0.0.1 port:7001", "IPv4 ip:127.0.0.1 port:7002"];
+    assert_eq!(raw.names("/member"), members);
+    assert_eq!(raw.names("/queue_pos"), members);
+    for name in members {
+        let (session, stat) = raw.get(&format!("/member/{name}"));
+        assert_eq!(session.len(), 24);
+        assert_eq!(session[..8], stat.ephemeral_owner.to_le_bytes(), "the session's id");
+        let (position, stat) = raw.get(&format!("/queue_pos/{name}"));
+        assert_eq!(position, [0xff; 4]);
+        assert_ne!(stat.ephemeral_owner, 0);
+    }
+    for (number, name) in ["0000000000", "0000000001"].into_iter().zip(members) {
+        let (string, stat) = raw.get(&format!("/master/{number}"));
+        assert_eq!(string.len(), 256);
+        assert!(string.starts_with(name.as_bytes()) && string[name.len()] == 0);
+        assert_ne!(stat.ephemeral_owner, 0);
+        let (entry, stat) = raw.get(&format!("/queue/{number}"));
+        let word = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().expect("eight bytes"));
+        assert_eq!((entry.len(), entry[8], stat.ephemeral_owner), (983_256, 2, 0), "an answered JOIN");
+        assert_eq!((word(144), word(152), word(160)), (491_568, number.parse().expect("a number"), 983_088));
+    }
+}
+
+/// 04, 12.6: the last member dies with two JOINs waiting. The one that asked first answers both, so the other one, whose
+/// number is lower, makes way for it; when that candidate dies, too, the other is master after all.
+#[test]
+fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
+    use zookeeper_client::CreateMode::{Ephemeral, EphemeralSequential, Persistent, PersistentSequential};
+    let zookeeper = ZooKeeper::start(1);
+    let raw = {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let client = runtime.block_on(zookeeper_client::Client::connect(&zookeeper.hosts())).expect("a session");
+        let root = Raw { runtime, client };
+        root.create("/test", b"", Persistent);
+        Raw::connect(&zookeeper)
+    };
+    for path in ["/master", "/queue", "/member", "/queue_pos", "/lock"] {
+        raw.create(path, b"", Persistent);
+    }
+    let string = |port| {
+        let mut string = format!("IPv4 ip:127.0.0.1 port:{port}").into_bytes();
+        string.resize(256, 0);
+        string
+    };
+    // The member and master does not answer any more, and somebody has asked to join.
+    raw.create("/master/0000000000", &string(7008), Ephemeral);
+    raw.create("/member/IPv4 ip:127.0.0.1 port:7008", &[0; 24], Ephemeral);
+    let mut join = vec![0; 983_256];
+    join[..8].copy_from_slice(&77_u64.to_le_bytes());
+    join[8] = 1;
+    let node = sheepdog_proto::NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7009);
+    let record = sheepdog_proto::NodeRecord { nid: node, ..sheepdog_proto::NodeRecord::zeroed() };
+    join[56..136].copy_from_slice(&record.to_bytes());
+    join[144..152].copy_from_slice(&491_568_u64.to_le_bytes());
+    join[160..168].copy_from_slice(&983_088_u64.to_le_bytes());
+    raw.create("/queue/", &join, PersistentSequential);
+    let mut cluster = Cluster::new(spec(&zookeeper, "test", TIMEOUT));
+    cluster.join(7001);
+    sheepdog_testkit::wait("the newcomer to ask", || raw.names("/queue").len() == 2);
+    let number = || {
+        let mut numbers = raw.names("/master").into_iter();
+        numbers.find(|n| raw.get(&format!("/master/{n}")).0.starts_with(b"IPv4 ip:127.0.0.1 port:7001"))
+    };
+    let first = number().expect("it competes");
+    // The one that asked first was slower to compete.
+    raw.create("/master/", &string(7009), EphemeralSequential);
+    let other = raw.names("/master").pop().expect("a number");
+    raw.delete("/member/IPv4 ip:127.0.0.1 port:7008");
+    raw.delete("/master/0000000000");
+    sheepdog_testkit::wait("the newcomer to make way", || number().is_some_and(|n| n > other));
+    assert!(first < other);
+    assert_eq!(cluster.count(7001, "accept "), 0);
+    raw.delete(&format!("/master/{other}"));
+    let accepted = cluster.wait(7001, "accept 127.0.0.1:7001 ");
+    assert!(accepted.contains("members=127.0.0.1:7001 "), "{accepted}");
+    cluster.settle("end");
+}
+
 #[test]
 fn an_absent_server_or_an_unusable_option_is_one_clear_line_and_status_1() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");

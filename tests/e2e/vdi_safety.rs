@@ -2,7 +2,9 @@
 
 use sheepdog_proto::header::{ObjRequest, RefRequest, VdiRequest, VdiStateRequest};
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_HEADER_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, table_offset};
-use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire};
+use sheepdog_proto::{
+    CopyPolicy, Flags, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire,
+};
 use sheepdog_testkit::vdi::name_payload;
 use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 

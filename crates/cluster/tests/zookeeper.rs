@@ -412,7 +412,8 @@ fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     let zookeeper = ZooKeeper::start(1);
     let raw = {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let client = runtime.block_on(zookeeper_client::Client::connect(&zookeeper.hosts())).expect("a session");
+        let client =
+            runtime.block_on(zookeeper_client::Client::connect(&zookeeper.hosts())).expect("a session");
         let root = Raw { runtime, client };
         root.create("/test", b"", Persistent);
         Raw::connect(&zookeeper)

@@ -12,6 +12,7 @@ use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::grants::Verdict;
+use super::numbers;
 use crate::peers::Lane;
 use crate::sheep::Sheep;
 
@@ -94,6 +95,14 @@ impl Arbiter {
     }
 }
 
+/// Ends what this gateway does directly with a VDI. Homes know then that its writes are done: one that seemed open could not
+/// be judged any more once another gateway has written over it, should this node die at that moment.
+pub async fn give_back(sheep: &Arc<Sheep>, vid: VdiId, epoch: Epoch, serial: u32) -> bool {
+    let free = sheep.gateway.grants.give_back(vid, epoch, serial).await;
+    numbers::tell_now(sheep).await;
+    free
+}
+
 /// `true` = it does not use the VDI any more.
 async fn call_back(
     sheep: &Arc<Sheep>,
@@ -103,7 +112,7 @@ async fn call_back(
     serial: u32,
 ) -> Result<bool, ResultCode> {
     if node == sheep.me {
-        let given = sheep.gateway.grants.give_back(vid, epoch, serial);
+        let given = give_back(sheep, vid, epoch, serial);
         return tokio::time::timeout(YIELD_DEADLINE, given).await.map_err(|_| ResultCode::NETWORK_ERROR);
     }
     let body = OrderRequest { oid: Oid::inode(vid), what: order::YIELD, serial, ..OrderRequest::zeroed() };

@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sheepdog_proto::header::{OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::intents::WriteId;
@@ -27,6 +29,8 @@ const TELL_AFTER: Duration = Duration::from_millis(30);
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 /// What could not be told is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// So long others wait until a home is told that did not answer before.
+const TELL_LIMIT: Duration = Duration::from_millis(500);
 /// Deadline of telling one home.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -39,8 +43,8 @@ struct State {
     succeeded: HashMap<u32, Epoch>,
     /// Of outstanding writes: attempts up to this epoch count as failed.
     barred: HashMap<u32, Epoch>,
-    /// Homes written to since they were told last.
-    untold: HashSet<NodeId>,
+    /// Homes that do not know of everything that is done, and how often they were written to.
+    untold: HashMap<NodeId, u64>,
     /// Nodes of the original, which need not know.
     deaf: HashSet<NodeId>,
 }
@@ -187,12 +191,12 @@ impl Numbers {
     pub fn touch(&self, node: NodeId) {
         let mut state = self.state.lock();
         if !state.deaf.contains(&node) {
-            state.untold.insert(node);
+            *state.untold.entry(node).or_default() += 1;
         }
     }
 
-    /// What homes are to be told: the highest number given out and those up to it that are not done.
-    fn news(&self, view: &View) -> (u32, Vec<u32>, HashSet<NodeId>) {
+    /// What homes are to be told: the highest number given out, those up to it that are not done, and the homes.
+    fn news(&self, view: &View) -> (u32, Vec<u32>, Vec<(NodeId, u64)>) {
         let mut state = self.state.lock();
         let now = Instant::now();
         let forgotten: Vec<u32> = state
@@ -203,15 +207,19 @@ impl Numbers {
         forgotten.iter().for_each(|seq| state.end(*seq));
         if !forgotten.is_empty() {
             let State { untold, deaf, .. } = &mut *state;
-            untold.extend(view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node)));
+            let members = view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node));
+            members.for_each(|node| *untold.entry(node).or_default() += 1);
         }
-        // Homes that were written to are told until nothing is open: what is now will end without touching them again.
-        let homes = if state.outstanding.is_empty() {
-            std::mem::take(&mut state.untold)
-        } else {
-            state.untold.clone()
-        };
+        let homes = state.untold.iter().map(|(node, times)| (*node, *times)).collect();
         (state.last, state.outstanding.iter().copied().collect(), homes)
+    }
+
+    /// A home was told everything when it had been written to so often.
+    fn told(&self, node: NodeId, times: u64) {
+        let mut state = self.state.lock();
+        if state.untold.get(&node) == Some(&times) {
+            state.untold.remove(&node);
+        }
     }
 }
 
@@ -221,16 +229,21 @@ pub async fn run(sheep: Arc<Sheep>) {
         if tokio::time::timeout(AGAIN_AFTER, sheep.gateway.numbers.ended.notified()).await.is_ok() {
             tokio::time::sleep(TELL_AFTER).await;
         }
-        tell(&sheep);
+        drop(tell(&sheep));
     }
 }
 
-fn tell(sheep: &Arc<Sheep>) {
+/// Tells homes what is done, and waits until they know, though not for one that does not answer.
+pub async fn tell_now(sheep: &Arc<Sheep>) {
+    let _ = tokio::time::timeout(TELL_LIMIT, join_all(tell(sheep))).await;
+}
+
+fn tell(sheep: &Arc<Sheep>) -> Vec<JoinHandle<()>> {
     let numbers = &sheep.gateway.numbers;
     let view = sheep.views.load();
     let (last, open, nodes) = numbers.news(&view);
     if last == 0 {
-        return; // nothing was ever written here
+        return Vec::new(); // nothing was ever written here
     }
     sheep.intents.done(numbers.writer, last, &open);
     let mut payload = numbers.writer.to_le_bytes().to_vec();
@@ -238,7 +251,9 @@ fn tell(sheep: &Arc<Sheep>) {
     let payload = Bytes::from(payload);
     let body = OrderRequest { what: order::DONE, serial: last, ..OrderRequest::zeroed() };
     let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).with_order(body);
-    for node in nodes.into_iter().filter(|n| *n != sheep.me) {
+    // What is open now will end without touching its homes again: they stay on the list.
+    let everything = open.is_empty();
+    let calls = nodes.into_iter().filter(|(node, _)| *node != sheep.me).map(|(node, times)| {
         let (sheep, payload) = (sheep.clone(), payload.clone());
         tokio::spawn(async move {
             let answer = sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await;
@@ -246,14 +261,17 @@ fn tell(sheep: &Arc<Sheep>) {
             match answer.map(|reply| reply.response.result) {
                 Ok(ResultCode::INVALID_PARMS) => {
                     numbers.state.lock().deaf.insert(node);
+                    numbers.told(node, times);
                 }
-                Ok(_) => {}
+                Ok(_) if everything => numbers.told(node, times),
                 // It is told with the next ones.
-                Err(_) if sheep.views.load().is_member(&node) => numbers.touch(node),
-                Err(_) => {}
+                Ok(_) => {}
+                Err(_) if sheep.views.load().is_member(&node) => {}
+                Err(_) => numbers.told(node, times),
             }
-        });
-    }
+        })
+    });
+    calls.collect()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use sheepdog_store::Replica;
 use super::{list, objects, result};
 use crate::gateway::grants::Verdict;
 use crate::gateway::object::is_coded;
-use crate::gateway::{hold, sequencer};
+use crate::gateway::{arbiter, hold, sequencer};
 use crate::intents::Fate;
 use crate::recovery::lacking;
 use crate::settle;
@@ -96,7 +96,7 @@ async fn hold(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<O
 
 async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
     let body = request.order();
-    let free = sheep.gateway.grants.give_back(body.oid.vid(), request.epoch, body.serial).await;
+    let free = arbiter::give_back(sheep, body.oid.vid(), request.epoch, body.serial).await;
     Ok(OrderResponse { verdict: free.into(), serial: body.serial })
 }
 

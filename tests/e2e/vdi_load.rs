@@ -312,7 +312,9 @@ fn many_vdis_stay_usable() {
     // A node that joins learns them all.
     cluster.kill9(2);
     cluster.start(2);
+    let recovering = Instant::now();
     cluster.wait_recovered();
+    eprintln!("recovered: {:?}", recovering.elapsed());
     let mut other = cluster.nodes[2].client();
     assert!(other.lookup(&format!("disk-{}", count - 1), "", 0).is_ok());
     assert_eq!(other.create_vdi("disk-0", BLOCK), Err(ResultCode::VDI_EXIST));

@@ -33,7 +33,7 @@ const MAX_RESERVE: u64 = 64 << 20;
 
 /// Bytes of a piece of what is written gently: the device works on one piece at a time, and a client's write waits for a
 /// piece, not for an object. Larger pieces are hardly faster.
-const PIECE: usize = 512 << 10;
+const PIECE: usize = 256 << 10;
 
 struct Slot {
     store: Arc<Inner>,

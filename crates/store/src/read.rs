@@ -85,7 +85,7 @@ impl Store {
     /// which is twice as fast for a whole object and leaves the cache to clients.
     pub async fn read_once(&self, replica: Replica, offset: u64, len: usize) -> Result<Bytes> {
         check_read(offset, len)?;
-        if len < READ_AHEAD || !offset.is_multiple_of(BLOCK) || !(len as u64).is_multiple_of(BLOCK) {
+        if len < INLINE_READ || !offset.is_multiple_of(BLOCK) || !(len as u64).is_multiple_of(BLOCK) {
             return self.read(replica, offset, len).await;
         }
         self.on_working(replica, move |inner, disk| read_direct(inner, disk, replica, offset, len)).await

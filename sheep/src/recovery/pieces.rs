@@ -21,7 +21,7 @@ use super::object::COPY_DEADLINE;
 use crate::sheep::Sheep;
 
 /// Bytes of a piece. A disk is hardly faster with larger ones (docs/reliability.md).
-const PIECE: usize = 512 << 10;
+const PIECE: usize = 256 << 10;
 
 /// Whether an object is copied so that clients notice little of it: nobody waits for it, and there are clients.
 pub fn gently(sheep: &Sheep, active: &Active, oid: Oid) -> bool {

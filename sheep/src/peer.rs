@@ -218,14 +218,16 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     if recovering && body.oid.is_data() && store.is_cut_off(replica, body.tgt_epoch, size) {
         return Err(ResultCode::AGAIN); // others have what it lacks
     }
-    let found = match recovering && replica.strip.is_some() {
-        true => match before_open_writes(&sheep.intents, store, replica, body.offset.into(), len).await {
-            Ok(None) => return Err(ResultCode::AGAIN),
-            Ok(Some(bytes)) => Ok(bytes),
-            Err(error) => Err(error),
-        },
-        false if recovering => store.read_once(replica, body.offset.into(), len).await,
-        false => store.read(replica, body.offset.into(), len).await,
+    let found = match (recovering, replica.strip.is_some()) {
+        (true, true) => {
+            match before_open_writes(&sheep.intents, store, replica, body.offset.into(), len).await {
+                Ok(None) => return Err(ResultCode::AGAIN),
+                Ok(Some(bytes)) => Ok(bytes),
+                Err(error) => Err(error),
+            }
+        }
+        (true, false) => store.read_once(replica, body.offset.into(), len).await,
+        (false, _) => store.read(replica, body.offset.into(), len).await,
     };
     match found {
         Err(StoreError::NoObject) => {}

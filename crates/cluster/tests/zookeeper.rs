@@ -38,18 +38,50 @@ fn messages_of_all_senders_have_one_order_across_a_checkpoint() {
     let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002, 7003]);
     contract::messages_have_one_order(&mut cluster, 400);
 }
-/// Names of the znodes below `path` of the cluster "test".
-fn children(zookeeper: &ZooKeeper, path: &str) -> Vec<String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let client = zookeeper_client::Client::connect(&format!("{}/test", zookeeper.hosts())).await;
-        client.expect("a session").list_children(path).await.expect("the node")
-    })
+/// A client that is no member, and a runtime for it.
+struct Raw {
+    runtime: tokio::runtime::Runtime,
+    client: zookeeper_client::Client,
+}
+
+impl Raw {
+    /// Sees the znodes of the cluster "test".
+    fn connect(zookeeper: &ZooKeeper) -> Raw {
+        Raw::below(zookeeper, "/test")
+    }
+
+    /// Sees the znodes below `root`.
+    fn below(zookeeper: &ZooKeeper, root: &str) -> Raw {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let address = format!("{}{root}", zookeeper.hosts());
+        let client = runtime.block_on(zookeeper_client::Client::connect(&address)).expect("a session");
+        Raw { runtime, client }
+    }
+
+    fn get(&self, path: &str) -> (Vec<u8>, zookeeper_client::Stat) {
+        self.runtime.block_on(self.client.get_data(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+
+    fn names(&self, path: &str) -> Vec<String> {
+        let mut names = self.runtime.block_on(self.client.list_children(path)).expect("the node");
+        names.sort();
+        names
+    }
+
+    fn create(&self, path: &str, data: &[u8], mode: zookeeper_client::CreateMode) {
+        let options = mode.with_acls(zookeeper_client::Acls::anyone_all());
+        let made = self.runtime.block_on(self.client.create(path, data, &options));
+        made.unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+
+    fn delete(&self, path: &str) {
+        self.runtime.block_on(self.client.delete(path, None)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
 }
 
 /// Numbers of the queue's entries.
 fn queue_numbers(zookeeper: &ZooKeeper) -> Vec<u64> {
-    let names = children(zookeeper, "/queue");
+    let names = Raw::connect(zookeeper).names("/queue");
     let mut numbers: Vec<u64> = names.iter().map(|name| name.parse().expect("a number")).collect();
     numbers.sort_unstable();
     numbers
@@ -162,7 +194,8 @@ fn locks_are_for_members_and_leave_nothing_behind() {
     contract::locks_are_for_members(&mut cluster);
     cluster.send(7002, "unlock 1");
     cluster.wait(7002, "unlocked 1");
-    sheepdog_testkit::wait("the locks' nodes to be removed", || children(&zookeeper, "/lock").is_empty());
+    let raw = Raw::connect(&zookeeper);
+    sheepdog_testkit::wait("the locks' nodes to be removed", || raw.names("/lock").is_empty());
 }
 
 #[test]
@@ -291,7 +324,7 @@ fn a_queue_with_more_than_a_thousand_million_entries_behind_it_serves() {
     // From here on the servers' counter of changes of the queue, which counts creations twice, is negative.
     let mut zookeeper = ZooKeeper::start_late("/test/queue", 1 << 30);
     let mut cluster = cluster_of(&zookeeper, 2000, &[7001, 7002, 7003]);
-    assert_eq!(children(&zookeeper, "/queue").iter().filter(|n| *n == "1073741824").count(), 1);
+    assert_eq!(Raw::connect(&zookeeper).names("/queue").iter().filter(|n| *n == "1073741824").count(), 1);
     cluster.kill(7003);
     cluster.wait(7001, "leave 127.0.0.1:7003 ");
     for i in 0..20 {
@@ -340,41 +373,6 @@ fn the_last_of_dead_members_answers_a_waiting_join() {
     assert_eq!(cluster.count(7002, "join 127.0.0.1:7004 "), 1);
 }
 
-/// A client of the cluster "test", and a runtime for it.
-struct Raw {
-    runtime: tokio::runtime::Runtime,
-    client: zookeeper_client::Client,
-}
-
-impl Raw {
-    fn connect(zookeeper: &ZooKeeper) -> Raw {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let chroot = format!("{}/test", zookeeper.hosts());
-        let client = runtime.block_on(zookeeper_client::Client::connect(&chroot)).expect("a session");
-        Raw { runtime, client }
-    }
-
-    fn get(&self, path: &str) -> (Vec<u8>, zookeeper_client::Stat) {
-        self.runtime.block_on(self.client.get_data(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
-    }
-
-    fn names(&self, path: &str) -> Vec<String> {
-        let mut names = self.runtime.block_on(self.client.list_children(path)).expect("the node");
-        names.sort();
-        names
-    }
-
-    fn create(&self, path: &str, data: &[u8], mode: zookeeper_client::CreateMode) {
-        let options = mode.with_acls(zookeeper_client::Acls::anyone_all());
-        let made = self.runtime.block_on(self.client.create(path, data, &options));
-        made.unwrap_or_else(|e| panic!("{path}: {e}"));
-    }
-
-    fn delete(&self, path: &str) {
-        self.runtime.block_on(self.client.delete(path, None)).unwrap_or_else(|e| panic!("{path}: {e}"));
-    }
-}
-
 /// 04, 12.2: what nodes of the original read, and `zk_control` of it.
 #[test]
 fn the_znodes_are_those_of_the_original() {
@@ -410,14 +408,8 @@ fn the_znodes_are_those_of_the_original() {
 fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     use zookeeper_client::CreateMode::{Ephemeral, EphemeralSequential, Persistent, PersistentSequential};
     let zookeeper = ZooKeeper::start(1);
-    let raw = {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let client =
-            runtime.block_on(zookeeper_client::Client::connect(&zookeeper.hosts())).expect("a session");
-        let root = Raw { runtime, client };
-        root.create("/test", b"", Persistent);
-        Raw::connect(&zookeeper)
-    };
+    Raw::below(&zookeeper, "").create("/test", b"", Persistent);
+    let raw = Raw::connect(&zookeeper);
     for path in ["/master", "/queue", "/member", "/queue_pos", "/lock"] {
         raw.create(path, b"", Persistent);
     }

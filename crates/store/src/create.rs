@@ -21,7 +21,7 @@ use crate::Result;
 use crate::disk::{Disk, allocated, sync_dir};
 use crate::error::StoreError;
 use crate::object::reopen_direct;
-use crate::queue::{Create, Job, Task};
+use crate::queue::{Create, How, Job, Task};
 use crate::sched::Claim;
 use crate::store::Inner;
 use crate::sys::rw;
@@ -31,9 +31,9 @@ use crate::worker::SMALL;
 /// What creates leave free by default: a 200th of the disk, at most this many bytes.
 const MAX_RESERVE: u64 = 64 << 20;
 
-/// Bytes of a piece of what is written gently: the device works on one piece at a time, and a client's write waits for a
-/// piece, not for an object. Larger pieces are hardly faster.
-const PIECE: usize = 256 << 10;
+/// Bytes of a piece of what is copied gently: the device works on one piece at a time, and a client's request waits for a
+/// piece, not for an object (docs/reliability.md compares sizes).
+pub const GENTLE_PIECE: usize = 256 << 10;
 
 struct Slot {
     store: Arc<Inner>,
@@ -122,12 +122,13 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     if disk.is_removed() {
         return Err(store.disk_failed(disk));
     }
-    if create.if_absent && store.locate(replica).is_ok_and(|d| d.file(replica).is_file()) {
+    let if_absent = create.how != How::Replacing;
+    if if_absent && store.locate(replica).is_ok_and(|d| d.file(replica).is_file()) {
         return Ok(false);
     }
     let reserve = reserve_of(store, disk);
     // Recovery must leave room for clients.
-    let reserve = if create.if_absent { reserve.saturating_mul(2) } else { reserve };
+    let reserve = if if_absent { reserve.saturating_mul(2) } else { reserve };
     let needs = if replica.oid.is_sparse() { create.data.len() as u64 } else { create.size };
     let free = disk.free().map_err(|e| store.fault(disk, replica.oid, &e))?;
     if reserve > 0 && free < reserve.saturating_add(needs) {
@@ -140,7 +141,7 @@ fn create_file(store: &Arc<Inner>, disk: &Arc<Disk>, create: &Create) -> Result<
     let path = disk.file(replica);
     let temporary = temporary_path(&path);
     let made = fill(&temporary, create, store.durable())
-        .and_then(|()| publish(&temporary, &path, create.if_absent))
+        .and_then(|()| publish(&temporary, &path, if_absent))
         .map_err(|e| store.fault(disk, replica.oid, &e));
     if !matches!(made, Ok(true)) {
         let _ = fs::remove_file(&temporary); // never created, or cleaned by the next scan
@@ -176,7 +177,7 @@ fn fill(path: &Path, create: &Create, durable: bool) -> io::Result<()> {
     if keep.len() as u64 != size {
         extend(&file, size, sparse)?;
     }
-    let piece = if create.gently { PIECE } else { usize::MAX };
+    let piece = if create.how == How::Gently { GENTLE_PIECE } else { usize::MAX };
     store_bytes(&file, data.slice(keep), at, durable, piece)?;
     if durable { file.sync_all() } else { Ok(()) }
 }

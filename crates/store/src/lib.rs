@@ -44,6 +44,7 @@ mod trim;
 mod upgrade;
 mod worker;
 
+pub use create::GENTLE_PIECE;
 pub use error::StoreError;
 pub use failure::DiskFailure;
 pub use hash::DigestOf;

@@ -29,6 +29,17 @@ pub(crate) struct Write {
     pub(crate) done: Done<()>,
 }
 
+/// How a new file comes to its name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// In place of a working file, if there is one.
+    Replacing,
+    /// Never replacing a working file; the outcome says whether the file was created.
+    IfAbsent,
+    /// So, too, and written in pieces of [`GENTLE_PIECE`](crate::GENTLE_PIECE).
+    Gently,
+}
+
 /// A new file, complete before it gets its name.
 pub(crate) struct Create {
     pub(crate) replica: Replica,
@@ -36,10 +47,7 @@ pub(crate) struct Create {
     pub(crate) data: Bytes,
     /// Store size of the file, in bytes.
     pub(crate) size: u64,
-    /// Never replace a working file; the outcome says whether the file was created.
-    pub(crate) if_absent: bool,
-    /// Written in small pieces, so that the requests of clients wait for a piece only.
-    pub(crate) gently: bool,
+    pub(crate) how: How,
     pub(crate) done: Done<bool>,
 }
 

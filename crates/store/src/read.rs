@@ -17,6 +17,7 @@ use crate::Result;
 use crate::disk::Disk;
 use crate::error::StoreError;
 use crate::name::{Replica, StaleName};
+use crate::object::OpenObject;
 use crate::store::{Inner, Store};
 use crate::sys::rw;
 use crate::trim::BLOCK;
@@ -78,7 +79,10 @@ impl Store {
     /// Reads exactly `len` bytes; past the end of the file they are zero.
     pub async fn read(&self, replica: Replica, offset: u64, len: usize) -> Result<Bytes> {
         check_read(offset, len)?;
-        self.on_working(replica, move |inner, disk| read_working(inner, disk, replica, offset, len)).await
+        self.on_working(replica, move |inner, disk| {
+            read_working(inner, disk, replica, offset, len, fill_cached)
+        })
+        .await
     }
 
     /// As [`Store::read`], for what is not going to be read again soon: what is not in the page cache does not get there,
@@ -88,7 +92,10 @@ impl Store {
         if len < INLINE_READ || !offset.is_multiple_of(BLOCK) || !(len as u64).is_multiple_of(BLOCK) {
             return self.read(replica, offset, len).await;
         }
-        self.on_working(replica, move |inner, disk| read_direct(inner, disk, replica, offset, len)).await
+        self.on_working(replica, move |inner, disk| {
+            read_working(inner, disk, replica, offset, len, fill_past_cache)
+        })
+        .await
     }
 
     /// Runs something with a working file on a reading thread of its disk; again if the file was moved meanwhile.
@@ -176,27 +183,8 @@ fn check_read(offset: u64, len: usize) -> Result<()> {
     Err(StoreError::InvalidRange { offset, len: len as u64, size: MAX_READ as u64 })
 }
 
-fn read_direct(
-    inner: &Arc<Inner>,
-    disk: &Arc<Disk>,
-    replica: Replica,
-    offset: u64,
-    len: usize,
-) -> Result<Bytes> {
-    let attempt = || -> io::Result<Bytes> {
-        let object = inner.files.open(replica, disk.id, || disk.file(replica).into())?;
-        let mut buf = PageBuf::dirty(len);
-        let cached = rw::read_cached(&object.file, &mut buf[..PAGE], offset).is_ok();
-        // A direct read that fails or ends early is left to the page cache's path, which reports what is really wrong.
-        let done = match object.direct() {
-            Some(direct) if !cached => direct.read_at(&mut buf, offset).unwrap_or(0),
-            _ => 0,
-        };
-        read_zero_filled(&object.file, &mut buf[done..], offset + done as u64)?;
-        Ok(buf.freeze())
-    };
-    attempt().map_err(|e| inner.fault(disk, replica.oid, &e))
-}
+/// Fills a buffer from an offset of an open object.
+type Fill = fn(&OpenObject, &mut [u8], u64) -> io::Result<()>;
 
 fn read_working(
     inner: &Arc<Inner>,
@@ -204,22 +192,34 @@ fn read_working(
     replica: Replica,
     offset: u64,
     len: usize,
+    fill: Fill,
 ) -> Result<Bytes> {
     let attempt = || -> io::Result<Bytes> {
         let object = inner.files.open(replica, disk.id, || disk.file(replica).into())?;
-        if len >= READ_AHEAD && !object.was_read() {
-            // Only a hint.
-            let _ = posix_fadvise(
-                &object.file,
-                offset as i64,
-                len as i64,
-                PosixFadviseAdvice::POSIX_FADV_WILLNEED,
-            );
-        }
         let mut buf = PageBuf::dirty(len);
-        read_zero_filled(&object.file, &mut buf, offset)?;
-        object.touch_read();
+        fill(&object, &mut buf, offset)?;
         Ok(buf.freeze())
     };
     attempt().map_err(|e| inner.fault(disk, replica.oid, &e))
+}
+
+fn fill_cached(object: &OpenObject, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    if buf.len() >= READ_AHEAD && !object.was_read() {
+        // Only a hint.
+        let (at, len) = (offset as i64, buf.len() as i64);
+        let _ = posix_fadvise(&object.file, at, len, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
+    read_zero_filled(&object.file, buf, offset)?;
+    object.touch_read();
+    Ok(())
+}
+
+fn fill_past_cache(object: &OpenObject, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    let cached = rw::read_cached(&object.file, &mut buf[..PAGE], offset).is_ok();
+    // A direct read that fails or ends early is left to the page cache's path, which reports what is really wrong.
+    let done = match object.direct() {
+        Some(direct) if !cached => direct.read_at(buf, offset).unwrap_or(0),
+        _ => 0,
+    };
+    read_zero_filled(&object.file, &mut buf[done..], offset + done as u64)
 }

@@ -21,7 +21,7 @@ use crate::fdcache::FdCache;
 use crate::index::{DiskId, Index};
 use crate::layout::Layout;
 use crate::name::{Replica, StaleName};
-use crate::queue::{Create, Done, Exec, Job, Task, Write};
+use crate::queue::{Create, Done, Exec, How, Job, Task, Write};
 use crate::removed::Memory;
 use crate::sched::{Claim, Sched};
 use crate::trim::BLOCK;
@@ -335,7 +335,7 @@ impl Store {
 
     /// Creates the object with `data` at `offset` and zeros elsewhere, replacing an existing one atomically.
     pub async fn create(&self, replica: Replica, size: u64, offset: u64, data: Bytes) -> Result<()> {
-        self.create_task(replica, size, offset, data, (false, false)).await.map(drop)
+        self.create_task(replica, size, offset, data, How::Replacing).await.map(drop)
     }
 
     /// As [`Store::create`], but leaves an existing working file alone and returns false.
@@ -346,13 +346,13 @@ impl Store {
         offset: u64,
         data: Bytes,
     ) -> Result<bool> {
-        self.create_task(replica, size, offset, data, (true, false)).await
+        self.create_task(replica, size, offset, data, How::IfAbsent).await
     }
 
-    /// As [`Store::create_if_absent`] with all of an object that nobody waits for: in small pieces, so that the requests of
-    /// clients that come meanwhile wait for a piece only.
+    /// As [`Store::create_if_absent`] with all of an object that nobody waits for: in pieces of [`GENTLE_PIECE`](crate::GENTLE_PIECE),
+    /// so that the requests of clients that come meanwhile wait for a piece only.
     pub async fn restore_gently(&self, replica: Replica, data: Bytes) -> Result<bool> {
-        self.create_task(replica, data.len() as u64, 0, data, (true, true)).await
+        self.create_task(replica, data.len() as u64, 0, data, How::Gently).await
     }
 
     async fn create_task(
@@ -361,13 +361,13 @@ impl Store {
         size: u64,
         offset: u64,
         data: Bytes,
-        (if_absent, gently): (bool, bool),
+        how: How,
     ) -> Result<bool> {
         check_range(offset, data.len(), size)?;
         let permit = self.permit(data.len()).await?;
         let (tx, rx) = oneshot::channel();
         let done: Done<bool> = Box::new(move |r| drop(tx.send(r)));
-        let create = Create { replica, offset, data, size, if_absent, gently, done };
+        let create = Create { replica, offset, data, size, how, done };
         self.inner.submit(Claim::whole(replica), Task::Create(create), Some(permit));
         rx.await.unwrap_or(Err(StoreError::Closed))
     }

@@ -395,7 +395,7 @@ impl Cluster {
         self.nodes[first].client()
     }
 
-    /// MAKE_FS through the first running node.
+    /// MAKE_FS through the first running node; all nodes that answer have followed.
     pub fn format(&mut self, mut format: ClusterRequest, store: &str) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");
         format.ctime = now.as_secs() << 32 | u64::from(now.subsec_micros() * 1000);
@@ -404,6 +404,8 @@ impl Cluster {
             Request::new(Opcode::MAKE_FS).flag(Flags::WRITE).with_cluster(format).length(name.len());
         let (response, _) = self.client().must(request, &name);
         assert_eq!(response.result, ResultCode::SUCCESS, "format");
+        let followed = |index| self.info(index).is_none_or(|info| info.header.ctime == format.ctime);
+        wait("the new cluster on all nodes", || (0..self.nodes.len()).all(followed));
     }
 
     /// What a node says about its cluster; none if it does not answer.

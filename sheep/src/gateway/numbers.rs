@@ -43,8 +43,10 @@ struct State {
     succeeded: HashMap<u32, Epoch>,
     /// Of outstanding writes: attempts up to this epoch count as failed.
     barred: HashMap<u32, Epoch>,
-    /// Homes that do not know of everything that is done, and how often they were written to.
+    /// Homes that do not know of everything that is done, with a mark of their latest write.
     untold: HashMap<NodeId, u64>,
+    /// The last mark given.
+    marks: u64,
     /// Nodes of the original, which need not know.
     deaf: HashSet<NodeId>,
 }
@@ -152,6 +154,20 @@ impl State {
         Outcome::Failed
     }
 
+    fn touch(&mut self, node: NodeId) {
+        if !self.deaf.contains(&node) {
+            self.marks += 1;
+            self.untold.insert(node, self.marks);
+        }
+    }
+
+    /// A home was told everything that was to be told when its latest write had this mark.
+    fn told(&mut self, node: NodeId, mark: u64) {
+        if self.untold.get(&node) == Some(&mark) {
+            self.untold.remove(&node);
+        }
+    }
+
     fn end(&mut self, seq: u32) {
         self.outstanding.remove(&seq);
         self.succeeded.remove(&seq);
@@ -189,10 +205,7 @@ impl Numbers {
 
     /// `node` gets a write.
     pub fn touch(&self, node: NodeId) {
-        let mut state = self.state.lock();
-        if !state.deaf.contains(&node) {
-            *state.untold.entry(node).or_default() += 1;
-        }
+        self.state.lock().touch(node);
     }
 
     /// What homes are to be told: the highest number given out, those up to it that are not done, and the homes.
@@ -206,20 +219,10 @@ impl Numbers {
             .collect();
         forgotten.iter().for_each(|seq| state.end(*seq));
         if !forgotten.is_empty() {
-            let State { untold, deaf, .. } = &mut *state;
-            let members = view.members().iter().map(|n| n.nid).filter(|node| !deaf.contains(node));
-            members.for_each(|node| *untold.entry(node).or_default() += 1);
+            view.members().iter().for_each(|node| state.touch(node.nid));
         }
-        let homes = state.untold.iter().map(|(node, times)| (*node, *times)).collect();
+        let homes = state.untold.iter().map(|(node, mark)| (*node, *mark)).collect();
         (state.last, state.outstanding.iter().copied().collect(), homes)
-    }
-
-    /// A home was told everything when it had been written to so often.
-    fn told(&self, node: NodeId, times: u64) {
-        let mut state = self.state.lock();
-        if state.untold.get(&node) == Some(&times) {
-            state.untold.remove(&node);
-        }
     }
 }
 
@@ -253,21 +256,21 @@ fn tell(sheep: &Arc<Sheep>) -> Vec<JoinHandle<()>> {
     let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).with_order(body);
     // What is open now will end without touching its homes again: they stay on the list.
     let everything = open.is_empty();
-    let calls = nodes.into_iter().filter(|(node, _)| *node != sheep.me).map(|(node, times)| {
+    let calls = nodes.into_iter().filter(|(node, _)| *node != sheep.me).map(|(node, mark)| {
         let (sheep, payload) = (sheep.clone(), payload.clone());
         tokio::spawn(async move {
             let answer = sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await;
-            let numbers = &sheep.gateway.numbers;
+            let left = answer.is_err() && !sheep.views.load().is_member(&node);
+            let mut state = sheep.gateway.numbers.state.lock();
             match answer.map(|reply| reply.response.result) {
                 Ok(ResultCode::INVALID_PARMS) => {
-                    numbers.state.lock().deaf.insert(node);
-                    numbers.told(node, times);
+                    state.deaf.insert(node);
+                    state.untold.remove(&node);
                 }
-                Ok(_) if everything => numbers.told(node, times),
+                Ok(_) if everything => state.told(node, mark),
+                Err(_) if left => state.told(node, mark),
                 // It is told with the next ones.
-                Ok(_) => {}
-                Err(_) if sheep.views.load().is_member(&node) => {}
-                Err(_) => numbers.told(node, times),
+                _ => {}
             }
         })
     });
@@ -277,6 +280,23 @@ fn tell(sheep: &Arc<Sheep>) -> Vec<JoinHandle<()>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_home_written_to_while_it_is_told_is_told_again() {
+        let (mut state, node) = (State::default(), NodeId::zeroed());
+        state.touch(node);
+        let mark = state.untold[&node];
+        // The same was told twice; between the two answers it was written to.
+        state.told(node, mark);
+        assert!(state.untold.is_empty());
+        state.touch(node);
+        state.told(node, mark);
+        assert!(state.untold.contains_key(&node));
+        state.deaf.insert(node);
+        state.untold.clear();
+        state.touch(node);
+        assert!(state.untold.is_empty(), "the original need not know");
+    }
 
     #[test]
     fn what_was_reported_as_failed_does_not_succeed_later() {

@@ -344,12 +344,9 @@ impl Hunt<'_> {
         }
         // The epoch must not move between the copy and its becoming the working object.
         let _pass = sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-        let replica = Sheep::replica(self.oid);
-        let created = match super::pieces::gently(sheep, self.active, self.oid) {
-            true => store.restore_gently(replica, reply.data).await,
-            false => store.create_if_absent(replica, size, 0, reply.data).await,
-        };
-        created.map(drop).map_err(|error| crate::faults::peer_result(sheep, &error))
+        let restored =
+            super::pieces::restore(sheep, self.active, store, Sheep::replica(self.oid), reply.data).await;
+        restored.map_err(|error| crate::faults::peer_result(sheep, &error))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Reading an object from the node that it is recovered from.
+//! Copying an object from the node that it is recovered from.
 //!
 //! While clients are about, in pieces: a disk works on everything it was given at once, so a client's request waits as
 //! long as the pieces in flight take, and with whole objects that is many times its own time. An object that a request
@@ -15,16 +15,14 @@ use sheepdog_buffer::PageBuf;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{NodeId, Oid, Request, ResultCode};
+use sheepdog_store::{GENTLE_PIECE, Replica, Store, StoreError};
 
 use super::Active;
 use super::object::COPY_DEADLINE;
 use crate::sheep::Sheep;
 
-/// Bytes of a piece. A disk is hardly faster with larger ones (docs/reliability.md).
-const PIECE: usize = 256 << 10;
-
 /// Whether an object is copied so that clients notice little of it: nobody waits for it, and there are clients.
-pub fn gently(sheep: &Sheep, active: &Active, oid: Oid) -> bool {
+fn gently(sheep: &Sheep, active: &Active, oid: Oid) -> bool {
     oid.is_data() && sheep.stats.clients.about(Instant::now()).is_some() && !active.is_waited_for(oid)
 }
 
@@ -40,7 +38,7 @@ pub async fn read(
     let mut whole: Option<PageBuf> = None;
     let mut done = 0;
     loop {
-        let len = if gently(sheep, active, body.oid) { PIECE.min(size - done) } else { size - done };
+        let len = if gently(sheep, active, body.oid) { GENTLE_PIECE.min(size - done) } else { size - done };
         let piece = ObjRequest { offset: done as u32, ..body };
         let asked = request.length(len).with_obj(piece);
         let reply = sheep.peers.call(home, asked, Bytes::new(), COPY_DEADLINE).await;
@@ -56,4 +54,19 @@ pub async fn read(
             return Ok(Reply { response: reply.response, data });
         }
     }
+}
+
+/// Makes `data`, all of an object or strip, the working file here, unless there is one by now.
+pub async fn restore(
+    sheep: &Sheep,
+    active: &Active,
+    store: &Store,
+    replica: Replica,
+    data: Bytes,
+) -> Result<(), StoreError> {
+    let created = match gently(sheep, active, replica.oid) {
+        true => store.restore_gently(replica, data).await,
+        false => store.create_if_absent(replica, data.len() as u64, 0, data).await,
+    };
+    created.map(drop)
 }

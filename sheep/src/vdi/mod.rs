@@ -3,6 +3,7 @@
 pub mod attr;
 pub mod create;
 pub mod delete;
+mod leaks;
 pub mod locks;
 pub mod lookup;
 pub mod objects;

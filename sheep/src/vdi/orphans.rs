@@ -4,16 +4,18 @@
 //! wrote to a VDI while it was deleted: each leaves objects that no ledger will ever free. Only a VDI and what was
 //! derived from it can name its objects. So when every VDI that parent links connect is deleted, whatever this node
 //! still stores of them is garbage. The links are those of the inodes, which stay for ever (spec 05, section 2), and
-//! those of the VDI table; anything that cannot be read for certain keeps the family.
+//! those of the VDI table; anything that cannot be read for certain keeps the family. Of families that live on,
+//! [`super::leaks`] looks at the tables.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, ObjectKind, ResultCode, VdiId};
 use sheepdog_store::Replica;
 
+use super::leaks::{self, Leaks};
 use super::objects::read_lookup_header;
 use crate::sheep::Sheep;
 
@@ -22,36 +24,54 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// What decides whether there is anything new to look at.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Occasion {
+pub(super) struct Occasion {
     /// Which cluster: a format begins another one.
     ctime: u64,
-    epoch: Epoch,
+    pub(super) epoch: Epoch,
     deleted: usize,
+}
+
+impl Occasion {
+    pub(super) fn is_within_epoch_of(self, other: Occasion) -> bool {
+        (self.ctime, self.epoch) == (other.ctime, other.epoch)
+    }
 }
 
 /// Looks for ever.
 pub async fn run(sheep: Arc<Sheep>) {
     let mut parents = HashMap::new();
     let mut done = None;
+    let mut leaks = Leaks::default();
     let mut ctime = 0;
     loop {
+        let asleep = Instant::now();
         tokio::time::sleep(GRACE).await;
+        if asleep.elapsed() > 2 * GRACE {
+            leaks.forget();
+        }
         let view = sheep.views.load();
         if std::mem::replace(&mut ctime, view.ctime) != view.ctime {
             // The ids may be used anew, with other parents.
             parents.clear();
         }
         let occasion = Occasion { ctime, epoch: view.epoch, deleted: sheep.vdis.deleted_vids().len() };
-        if done == Some(occasion) || !is_quiet(&sheep) {
+        if !is_quiet(&sheep) || (done == Some(occasion) && !leaks.is_due()) {
             continue;
         }
-        match pass(&sheep, &mut parents).await {
+        match pass(&sheep, &mut parents, &mut leaks, occasion).await {
             // Drops on their way may write ledgers of what was just removed: look again.
             Ok(removed) if removed > 0 => tracing::warn!("removed {removed} objects that deleted VDIs left"),
             Ok(_) => done = Some(occasion),
             Err(code) => tracing::debug!("cannot tell what deleted VDIs left: {code}"),
         }
     }
+}
+
+/// Objects of deleted VDIs on this node and the VDIs that parent links connect with theirs.
+pub(super) struct Family {
+    /// In ascending order.
+    pub(super) members: Vec<VdiId>,
+    pub(super) replicas: Vec<Replica>,
 }
 
 /// Whether every node has all its objects and nothing is waiting to be dropped here.
@@ -78,14 +98,34 @@ fn candidates(sheep: &Sheep) -> Vec<Replica> {
     found
 }
 
-async fn pass(sheep: &Arc<Sheep>, parents: &mut HashMap<VdiId, VdiId>) -> Result<usize, ResultCode> {
-    let candidates = candidates(sheep);
-    let Some(store) = sheep.store.as_ref().filter(|_| !candidates.is_empty()) else { return Ok(0) };
-    let epoch = sheep.views.epoch();
-    let vids: BTreeSet<VdiId> = candidates.iter().map(|r| r.oid.vid()).collect();
-    let dead = dead(sheep, &vids, parents).await?;
+async fn pass(
+    sheep: &Arc<Sheep>,
+    parents: &mut HashMap<VdiId, VdiId>,
+    leaks: &mut Leaks,
+    occasion: Occasion,
+) -> Result<usize, ResultCode> {
     let mut removed = 0;
-    for replica in candidates.into_iter().filter(|r| dead.contains(&r.oid.vid())) {
+    let mut living = Vec::new();
+    for family in families_of(sheep, candidates(sheep), parents).await? {
+        if is_dead(sheep, &family.members).await? {
+            removed += remove(sheep, family.replicas, occasion.epoch).await?;
+        } else {
+            living.push(family);
+        }
+    }
+    removed += leaks::pass(sheep, leaks, living, occasion).await?;
+    Ok(removed)
+}
+
+/// Removes replicas of this node, if the epoch is still this one. How many there were.
+pub(super) async fn remove(
+    sheep: &Arc<Sheep>,
+    replicas: Vec<Replica>,
+    epoch: Epoch,
+) -> Result<usize, ResultCode> {
+    let Some(store) = &sheep.store else { return Ok(0) };
+    let mut removed = 0;
+    for replica in replicas {
         let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
         sheep.tombstones.add(replica.oid, epoch);
         match store.remove(replica).await {
@@ -97,12 +137,15 @@ async fn pass(sheep: &Arc<Sheep>, parents: &mut HashMap<VdiId, VdiId>) -> Result
     Ok(removed)
 }
 
-/// Those of `vids` whose whole family is deleted.
-async fn dead(
+/// The families that these replicas belong to.
+async fn families_of(
     sheep: &Arc<Sheep>,
-    vids: &BTreeSet<VdiId>,
+    replicas: Vec<Replica>,
     parents: &mut HashMap<VdiId, VdiId>,
-) -> Result<BTreeSet<VdiId>, ResultCode> {
+) -> Result<Vec<Family>, ResultCode> {
+    if replicas.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut links = Vec::new();
     for (vid, in_table) in sheep.vdis.parents() {
         links.push((vid, in_table));
@@ -117,13 +160,20 @@ async fn dead(
         };
         links.push((vid, parent));
     }
-    let mut dead = BTreeSet::new();
-    for family in families(&links).into_iter().filter(|f| f.iter().any(|v| vids.contains(v))) {
-        if is_dead(sheep, &family).await? {
-            dead.extend(family);
+    let mut of: HashMap<VdiId, usize> = HashMap::new();
+    let mut found: Vec<Family> = Vec::new();
+    for (number, mut members) in families(&links).into_iter().enumerate() {
+        members.sort_unstable();
+        of.extend(members.iter().map(|vid| (*vid, number)));
+        found.push(Family { members, replicas: Vec::new() });
+    }
+    for replica in replicas {
+        if let Some(number) = of.get(&replica.oid.vid()) {
+            found[*number].replicas.push(replica);
         }
     }
-    Ok(dead)
+    found.retain(|family| !family.replicas.is_empty());
+    Ok(found)
 }
 
 /// Whether all members have emptied inodes, or none because they were never created.

@@ -86,29 +86,51 @@ fn max_size(store_policy: u8, shift: u8) -> u64 {
 /// errors, too.
 pub async fn new_vdi(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> (ResultCode, VdiResponse) {
     let body = request.vdi();
-    let params = match check(&sheep.views.load(), &body, payload) {
+    let mut params = match check(&sheep.views.load(), &body, payload) {
         Ok(params) => params,
         Err(code) => return (code, VdiResponse::zeroed()),
     };
+    let made = derive(sheep, &body, &mut params).await;
     let answer =
         VdiResponse { copies: params.copies, block_size_shift: params.shift, ..VdiResponse::zeroed() };
-    match derive(sheep, &body, &params).await {
+    match made {
         Ok(vdi_id) => (ResultCode::SUCCESS, VdiResponse { vdi_id, ..answer }),
         Err(code) => (code, answer),
     }
 }
 
-async fn derive(sheep: &Arc<Sheep>, body: &VdiRequest, params: &Params) -> Result<VdiId, ResultCode> {
+async fn derive(sheep: &Arc<Sheep>, body: &VdiRequest, params: &mut Params) -> Result<VdiId, ResultCode> {
     let found = lookup(sheep, &Query::working(&params.name)).await;
     let base = body.base_vdi_id;
     match (body.snapid != 0, found.result) {
-        (false, Ok(_)) => Err(ResultCode::VDI_EXIST),
-        (false, Err(ResultCode::NO_VDI)) if base.is_none() => create(sheep, params, &found).await,
-        (false, Err(ResultCode::NO_VDI)) => clone(sheep, params, &found, base).await,
-        (true, Ok(working)) if base == working => snapshot(sheep, params, &found, working).await,
-        (true, Ok(working)) => live_rollback(sheep, params, &found, working, base).await,
-        (_, Err(code)) => Err(code),
+        (false, Ok(_)) => return Err(ResultCode::VDI_EXIST),
+        (false, Err(ResultCode::NO_VDI)) if base.is_none() => return create(sheep, params, &found).await,
+        (false, Err(ResultCode::NO_VDI)) | (true, Ok(_)) => {}
+        (_, Err(code)) => return Err(code),
     }
+    fit_to_base(sheep, params, base).await?;
+    match found.result {
+        Ok(working) if base == working => snapshot(sheep, params, &found, working).await,
+        Ok(working) => live_rollback(sheep, params, &found, working, base).await,
+        Err(_) => clone(sheep, params, &found, base).await,
+    }
+}
+
+/// A derived VDI has its base's map, so its base's block size, whatever the request says; and its size must fit.
+async fn fit_to_base(sheep: &Arc<Sheep>, params: &mut Params, base: VdiId) -> Result<(), ResultCode> {
+    let unreadable = |code| {
+        tracing::error!("failed to read the base VDI {base:?}: {code}");
+        ResultCode::BASE_VDI_READ
+    };
+    let header = read_lookup_header(sheep, base).await.map_err(unreadable)?;
+    if header.is_deleted() {
+        return Err(unreadable(ResultCode::NO_VDI));
+    }
+    params.shift = header.block_size_shift;
+    if params.size > max_size(header.store_policy, params.shift) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    Ok(())
 }
 
 /// Tells every node that `old` is a snapshot and how objects of `new` are stored, and waits until it is so here.
@@ -217,7 +239,7 @@ async fn create(sheep: &Arc<Sheep>, params: &Params, found: &Found) -> Result<Vd
     Ok(vid)
 }
 
-async fn read_base(sheep: &Arc<Sheep>, base: VdiId, params: &Params) -> Result<Inode, ResultCode> {
+async fn read_base(sheep: &Arc<Sheep>, base: VdiId) -> Result<Inode, ResultCode> {
     let mut inode = read_inode(sheep, base).await.map_err(|code| {
         tracing::error!("failed to read the base VDI {base:?}: {code}");
         ResultCode::BASE_VDI_READ
@@ -225,9 +247,6 @@ async fn read_base(sheep: &Arc<Sheep>, base: VdiId, params: &Params) -> Result<I
     if inode.header.store_policy == STORE_POLICY_BTREE {
         // What was read is an index, which is copied by itself and has no counts.
         (inode.table, inode.grefs) = (Vec::new(), Vec::new());
-    }
-    if params.size > max_size(inode.header.store_policy, params.shift) {
-        return Err(ResultCode::INVALID_PARMS);
     }
     Ok(inode)
 }
@@ -255,13 +274,12 @@ async fn snapshot(
     working: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    read_lookup_header(sheep, working).await.map_err(|_| ResultCode::BASE_VDI_READ)?;
     check_writable(sheep, params, working, ResultCode::BASE_VDI_WRITE)?;
     announce(sheep, working, vid, params).await?;
     // Only now the table is final: from the announcement on, new entries of the old vid are refused.
     map::settle_snapshot(sheep, working).await;
     let _no_updates = hold(sheep, working).await;
-    let before = read_base(sheep, working, params).await?;
+    let before = read_base(sheep, working).await?;
     let mut base = before.clone();
     base.count_copy();
     let time = inode_time();
@@ -279,7 +297,7 @@ async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), 
 async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
     let _no_updates = hold(sheep, base).await;
-    let before = read_base(sheep, base, params).await?;
+    let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
     }
@@ -308,7 +326,7 @@ async fn live_rollback(
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
     let _no_updates = hold(sheep, base).await;
-    let before = read_base(sheep, base, params).await?;
+    let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
     }

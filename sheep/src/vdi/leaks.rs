@@ -83,7 +83,7 @@ pub(super) async fn pass(
         return if leaked.is_empty() { Ok(0) } else { remove(sheep, leaked, occasion.epoch).await };
     }
     let mut found = Vec::new();
-    for Family { members, replicas } in living {
+    for Family { members, replicas, .. } in living {
         let unnamed = unnamed(sheep, &members, replicas).await;
         if !unnamed.is_empty() {
             found.push((members, unnamed.into_iter().collect()));
@@ -98,7 +98,7 @@ pub(super) async fn pass(
 /// What the second look confirms, in families that are as they were.
 async fn still_unnamed(sheep: &Arc<Sheep>, first: Suspects, living: Vec<Family>) -> Vec<Replica> {
     let mut leaked = Vec::new();
-    for Family { members, replicas } in living {
+    for Family { members, replicas, .. } in living {
         let before = first.found.iter().find(|(then, _)| *then == members);
         if let Some((_, suspects)) = before {
             let replicas = replicas.into_iter().filter(|replica| suspects.contains(replica)).collect();

@@ -6,6 +6,10 @@
 //! still stores of them is garbage. The links are those of the inodes, which stay for ever (spec 05, section 2), and
 //! those of the VDI table; anything that cannot be read for certain keeps the family. Of families that live on,
 //! [`super::leaks`] looks at the tables.
+//!
+//! VDIs come and go meanwhile. Which there are and which of them are deleted is what this node's VDI table says at one
+//! moment, before anything is read: announcements arrive in one order, so a table in which a VDI is deleted has all VDIs
+//! that were derived from it. An emptied inode alone says nothing of the kind.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -71,6 +75,8 @@ pub async fn run(sheep: Arc<Sheep>) {
 pub(super) struct Family {
     /// In ascending order.
     pub(super) members: Vec<VdiId>,
+    /// All members but those that were only announced are deleted.
+    is_deleted: bool,
     pub(super) replicas: Vec<Replica>,
 }
 
@@ -86,14 +92,16 @@ fn is_quiet(sheep: &Sheep) -> bool {
         && sheep.gateway.reclaim.is_idle()
 }
 
+/// What the VDI table says at one moment: parent, and whether the VDI is deleted.
+type Census = BTreeMap<VdiId, (VdiId, bool)>;
+
 /// Objects of deleted VDIs on this node. Attributes belong to names and inodes stay.
-fn candidates(sheep: &Sheep) -> Vec<Replica> {
+fn candidates(sheep: &Sheep, census: &Census) -> Vec<Replica> {
     let Some(store) = &sheep.store else { return Vec::new() };
-    let deleted = sheep.vdis.deleted_vids();
     let mut found = store.working();
     found.retain(|replica| {
         !matches!(replica.oid.kind(), ObjectKind::Attr | ObjectKind::Inode)
-            && deleted.contains(&replica.oid.vid())
+            && census.get(&replica.oid.vid()).is_some_and(|(_, deleted)| *deleted)
     });
     found
 }
@@ -106,8 +114,9 @@ async fn pass(
 ) -> Result<usize, ResultCode> {
     let mut removed = 0;
     let mut living = Vec::new();
-    for family in families_of(sheep, candidates(sheep), parents).await? {
-        if is_dead(sheep, &family.members).await? {
+    let census = sheep.vdis.census();
+    for family in families_of(sheep, &census, candidates(sheep, &census), parents).await? {
+        if family.is_deleted && is_dead(sheep, &family.members).await? {
             removed += remove(sheep, family.replicas, occasion.epoch).await?;
         } else {
             living.push(family);
@@ -140,21 +149,26 @@ pub(super) async fn remove(
 /// The families that these replicas belong to.
 async fn families_of(
     sheep: &Arc<Sheep>,
+    census: &Census,
     replicas: Vec<Replica>,
     parents: &mut HashMap<VdiId, VdiId>,
 ) -> Result<Vec<Family>, ResultCode> {
     if replicas.is_empty() {
         return Ok(Vec::new());
     }
-    let mut links = Vec::new();
-    for (vid, in_table) in sheep.vdis.parents() {
-        links.push((vid, in_table));
+    let (mut links, mut announced) = (Vec::new(), BTreeSet::new());
+    for (vid, (in_table, _)) in census {
+        let vid = *vid;
+        links.push((vid, *in_table));
         let parent = match parents.entry(vid) {
             Entry::Occupied(known) => *known.get(),
             Entry::Vacant(unknown) => match read_lookup_header(sheep, vid).await {
                 Ok(header) => *unknown.insert(header.parent_vdi_id),
                 // Announced and never created: it names nothing.
-                Err(ResultCode::NO_OBJ) => continue,
+                Err(ResultCode::NO_OBJ) => {
+                    announced.insert(vid);
+                    continue;
+                }
                 Err(code) => return Err(code),
             },
         };
@@ -165,7 +179,10 @@ async fn families_of(
     for (number, mut members) in families(&links).into_iter().enumerate() {
         members.sort_unstable();
         of.extend(members.iter().map(|vid| (*vid, number)));
-        found.push(Family { members, replicas: Vec::new() });
+        let is_deleted = members
+            .iter()
+            .all(|vid| announced.contains(vid) || census.get(vid).is_some_and(|(_, deleted)| *deleted));
+        found.push(Family { members, is_deleted, replicas: Vec::new() });
     }
     for replica in replicas {
         if let Some(number) = of.get(&replica.oid.vid()) {

@@ -348,6 +348,16 @@ impl VdiTable {
         t.entries.iter().filter(|(_, e)| e.deleted).map(|(vid, _)| *vid).collect()
     }
 
+    /// Of every vid that is used or announced, at one moment: its parent, as far as this table knows, and whether its VDI was
+    /// deleted.
+    pub fn census(&self) -> BTreeMap<VdiId, (VdiId, bool)> {
+        let t = self.tables.read();
+        let used = t.in_use.iter().map(|v| (VdiId::new(v as u32), (VdiId::NONE, false)));
+        let mut all: BTreeMap<VdiId, (VdiId, bool)> = used.collect();
+        all.extend(t.entries.iter().map(|(vid, entry)| (*vid, (entry.parent, entry.deleted))));
+        all
+    }
+
     /// How the objects of `vid` are stored, with defaults from the cluster for an unknown one.
     pub fn redundancy(&self, vid: VdiId, view: &crate::view::View) -> Redundancy {
         let t = self.tables.read();

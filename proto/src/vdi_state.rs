@@ -31,6 +31,8 @@ wire! {
         7 => copy_policy: u8,
         /// log2 of the block size.
         8 => block_size_shift: u8,
+        /// 1 = announced, but not in use: its inode was never finished. Nodes of the original always send 0.
+        9 => announced_only: u8,
         /// What it was derived from; 0 = nothing.
         12 => parent_vid: VdiId,
         /// [`UNLOCKED`], [`LOCKED`] or [`SHARED`].

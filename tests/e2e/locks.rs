@@ -160,6 +160,32 @@ fn a_snapshot_takes_the_lock_along() {
     assert_eq!(lock(1, 1), ResultCode::SUCCESS);
 }
 
+/// A client that wrote nothing since somebody took snapshots closes the vid that it opened.
+#[test]
+fn a_lock_is_given_back_by_the_vid_that_was_locked() {
+    let cluster = Builder::new(3).flags(ClusterFlags::AUTO_VNODES.with(ClusterFlags::USE_LOCK)).start();
+    let lock = |node: usize| {
+        cluster.nodes[node].client().vdi_op(Opcode::LOCK_VDI, "held", Some(""), VdiRequest::zeroed()).result
+    };
+    let release = |node: usize, vid: VdiId| {
+        let body = VdiRequest { base_vdi_id: vid, ..VdiRequest::zeroed() };
+        cluster.nodes[node].client().must(Request::new(Opcode::RELEASE_VDI).with_vdi(body), &[]).0.result
+    };
+    let opened = cluster.nodes[0].client().create_vdi("held", 4 << 20).expect("create");
+    assert_eq!(lock(1), ResultCode::SUCCESS);
+    cluster.nodes[0].client().snapshot("held", "s").expect("snapshot");
+    let working = cluster.nodes[0].client().snapshot("held", "t").expect("snapshot");
+    assert_eq!(lock_state(&cluster, working), json!({"lock_state": "LOCKED", "owner_node": 1}));
+    // Only from the node that has it: others may have opened the snapshot.
+    assert_eq!(release(2, opened), ResultCode::SUCCESS);
+    assert_eq!(lock(2), ResultCode::VDI_LOCKED);
+    assert_eq!(release(1, opened), ResultCode::SUCCESS);
+    assert_eq!(lock(2), ResultCode::SUCCESS);
+    // Once only: the next one to lock it keeps it.
+    assert_eq!(release(2, opened), ResultCode::SUCCESS);
+    assert_eq!(lock_state(&cluster, working), json!({"lock_state": "LOCKED", "owner_node": 2}));
+}
+
 /// 05, 16: with `--lock-grace` the lock of a node that is gone for so long is released, and only then.
 #[test]
 fn locks_of_a_lost_node_are_released_after_the_grace() {

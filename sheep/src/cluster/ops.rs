@@ -332,10 +332,10 @@ pub fn release_vdi<'a>(
             });
             return ResultCode::SUCCESS;
         }
-        task.sheep.vdis.with_lock(vid, |lock| match owner {
-            Some(owner) => lock.release_of(owner),
-            None => lock.release(sender.nid, body.lock_type),
-        });
+        match owner {
+            Some(owner) => drop(task.sheep.vdis.with_lock(vid, |lock| lock.release_of(owner))),
+            None => task.sheep.vdis.release_lock(vid, sender.nid, body.lock_type),
+        }
         ResultCode::SUCCESS
     })
 }

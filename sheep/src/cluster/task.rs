@@ -8,7 +8,9 @@ use sheepdog_cluster::{Driver, Event};
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
-use sheepdog_proto::{ClusterInfo, ClusterStatus, Flags, NodeId, NodeRecord, Response, ResultCode, VdiId};
+use sheepdog_proto::{
+    ClusterInfo, ClusterStatus, Flags, NodeId, NodeRecord, Opcode, Response, ResultCode, VdiId,
+};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::{Command, Submission};
@@ -19,7 +21,7 @@ use crate::recovery;
 use crate::settle;
 use crate::sheep::Sheep;
 use crate::start;
-use crate::vdi::locks::release_of_lost;
+use crate::vdi::locks::{TYPE_NORMAL, release_of_lost};
 use crate::view::View;
 
 /// A call that must reach the driver in this order.
@@ -285,9 +287,7 @@ impl Task {
                 LockChange::Acquire(vid, node, kind) => {
                     vdis.with_lock(vid, |lock| lock.acquire(node, kind));
                 }
-                LockChange::Release(vid, node, kind) => {
-                    vdis.with_lock(vid, |lock| lock.release(node, kind));
-                }
+                LockChange::Release(vid, node, kind) => vdis.release_lock(vid, node, kind),
                 LockChange::ReleaseOfLost(vid, owner) => {
                     vdis.with_lock(vid, |lock| lock.release_of(owner));
                 }
@@ -308,6 +308,14 @@ impl Task {
 
     fn submit(&mut self, mut submission: Submission) {
         submission.request.epoch = self.state.epoch();
+        if submission.request.opcode == Opcode::RELEASE_VDI {
+            // Nodes that joined since do not know where a snapshot took the lock.
+            let mut body = submission.request.vdi();
+            if body.lock_type == TYPE_NORMAL {
+                body.base_vdi_id = self.sheep.vdis.lock_of(body.base_vdi_id, self.state.me.nid);
+                submission.request = submission.request.with_vdi(body);
+            }
+        }
         if !ClusterMessage::fits(submission.payload.len()) {
             let response = Response::to(&submission.request, ResultCode::INVALID_PARMS);
             let _ = submission.reply.send(Reply::empty(response));

@@ -3,6 +3,7 @@
 //! They share one queue so that a VDI is never looked up or created between a node's join and the arrival of its table
 //! (spec 04, 5.6).
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use crate::vdi::locks::Lock;
 const FETCH_DEADLINE: Duration = Duration::from_secs(5);
 /// Attempts to fetch a joiner's table; a joiner tries for as long as the other is a member.
 const MEMBER_ATTEMPTS: usize = 3;
-/// Rounds of asking for a lock state before giving it up; members may not have their checkpoint yet.
+/// Rounds of asking for the lock states of an epoch; members may not have reached it yet.
 const LOCK_ATTEMPTS: u32 = 7;
 /// First reply buffer, in records.
 const FIRST_RECORDS: usize = 512;
@@ -169,12 +170,28 @@ async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, S
     }
 }
 
-/// Asks the members for the lock state of every VDI; a state that nobody can tell is taken as unlocked.
+/// Asks the members for the lock state of every VDI. Until all are learned this node admits no lock: one that nobody has told
+/// yet may be held.
 async fn collect_locks(sheep: &Arc<Sheep>, epoch: Epoch) {
     let view = sheep.views.load();
     let others: Vec<NodeId> = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me).collect();
+    let mut now = None;
     for vid in sheep.vdis.vids() {
-        if let Some(record) = lock_state(sheep, &others, epoch, vid).await {
+        let told = match &now {
+            None => lock_state(sheep, &others, epoch, vid).await,
+            Some(_) => Told::Forgotten,
+        };
+        let record = match told {
+            Told::Record(record) => Some(*record),
+            Told::Unknown => None,
+            Told::Forgotten => {
+                if now.is_none() {
+                    now = Some(present_states(sheep, &others).await);
+                }
+                now.as_ref().and_then(|all| all.get(&vid)).copied()
+            }
+        };
+        if let Some(record) = record {
             sheep.vdis.with_lock(vid, |lock| *lock = Lock::from_record(&record));
         }
     }
@@ -187,26 +204,66 @@ async fn collect_locks(sheep: &Arc<Sheep>, epoch: Epoch) {
     }
 }
 
-async fn lock_state(sheep: &Arc<Sheep>, nodes: &[NodeId], epoch: Epoch, vid: VdiId) -> Option<VdiState> {
+/// What is known of a VDI's lock at an epoch.
+enum Told {
+    Record(Box<VdiState>),
+    /// No member knows the VDI.
+    Unknown,
+    /// Members have given the state of that epoch up: they keep a few.
+    Forgotten,
+}
+
+async fn lock_state(sheep: &Arc<Sheep>, nodes: &[NodeId], epoch: Epoch, vid: VdiId) -> Told {
     let body = CheckpointRequest { get: 1, tgt_epoch: epoch, vid };
     let request = Request::new(Opcode::VDI_STATE_CHECKPOINT_CTL).length(VdiState::LEN).with_checkpoint(body);
-    for attempt in 0..LOCK_ATTEMPTS {
-        let mut again = false;
-        for node in nodes {
-            let Ok(reply) = sheep.peers.call(node, request, Bytes::new(), FETCH_DEADLINE).await else {
+    for attempt in 0.. {
+        let (mut again, mut silent) = (false, false);
+        for node in members_of(sheep, nodes) {
+            let Ok(reply) = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await else {
+                silent = true;
                 continue;
             };
             match reply.response.result {
-                ResultCode::SUCCESS => return VdiState::decode(&reply.data).ok(),
+                ResultCode::SUCCESS => {
+                    if let Ok(record) = VdiState::decode(&reply.data) {
+                        return Told::Record(Box::new(record));
+                    }
+                    tracing::error!("{node}: {} bytes are no lock state", reply.data.len());
+                }
                 ResultCode::NO_CHECKPOINT_ENTRY => {}
                 _ => again = true,
             }
         }
-        if !again {
-            return None;
+        match (again, silent) {
+            (false, false) => return Told::Unknown,
+            (true, _) if attempt >= LOCK_ATTEMPTS => return Told::Forgotten,
+            // Whoever does not answer is about to leave.
+            _ => tokio::time::sleep(Duration::from_millis(50 << attempt.min(5))).await,
         }
-        tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
     }
-    tracing::error!("{vid:?}: nobody could tell its lock state, taking it as unlocked");
-    None
+    unreachable!("the loop has no end")
+}
+
+/// The states as they are now, of the first member that tells them. What has changed since the epoch is in this node's own
+/// list of changes, too, which ends with the same state when it is played on top.
+async fn present_states(sheep: &Arc<Sheep>, nodes: &[NodeId]) -> HashMap<VdiId, VdiState> {
+    loop {
+        let members = members_of(sheep, nodes);
+        for node in &members {
+            match fetch_once(sheep, *node).await {
+                Ok(records) => return records.into_iter().map(|record| (record.vid, record)).collect(),
+                Err(error) => tracing::warn!("failed to get lock states from {node}: {error}"),
+            }
+        }
+        if members.is_empty() {
+            return HashMap::new();
+        }
+        tokio::time::sleep(FETCH_DEADLINE / 10).await;
+    }
+}
+
+/// Those of the nodes that are members still.
+fn members_of(sheep: &Sheep, nodes: &[NodeId]) -> Vec<NodeId> {
+    let view = sheep.views.load();
+    nodes.iter().copied().filter(|node| view.is_member(node)).collect()
 }

@@ -183,7 +183,6 @@ async fn write_derived(sheep: &Arc<Sheep>, before: &Inode, mut child: Inode) -> 
         if hyper {
             tree::copy_index(sheep, before.header.vdi_id, &mut child).await.map_err(|code| {
                 tracing::error!("failed to copy the index of {:?}: {code}", before.header.vdi_id);
-                sheep.vdis.mark_phantom(child.header.vdi_id);
                 ResultCode::VDI_WRITE
             })?;
         }
@@ -205,7 +204,6 @@ async fn write_child(sheep: &Arc<Sheep>, child: &Inode) -> Result<(), ResultCode
     let vid = child.header.vdi_id;
     create_inode(sheep, child).await.map_err(|code| {
         tracing::error!("failed to write the inode of {vid:?}: {code}");
-        sheep.vdis.mark_phantom(vid);
         let sheep = sheep.clone();
         tokio::spawn(async move { sheep.gateway.remove_object(&sheep, Oid::inode(vid)).await });
         ResultCode::VDI_WRITE

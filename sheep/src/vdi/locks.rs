@@ -73,12 +73,14 @@ impl Lock {
     }
 
     /// The VDI became a snapshot and its name goes on as `next`: whoever had it alone still has. Those that share a VDI
-    /// lock the new one themselves (spec 01, 17.2).
-    pub fn carry_over(&mut self, next: &mut Lock) {
+    /// lock the new one themselves (spec 01, 17.2). `true` = the lock moved.
+    pub fn carry_over(&mut self, next: &mut Lock) -> bool {
         if let (Lock::Locked(owner), Lock::Unlocked) = (&*self, &*next) {
             *next = Lock::Locked(*owner);
             *self = Lock::Unlocked;
+            return true;
         }
+        false
     }
 
     /// `node` left the cluster: it no longer takes part; a normal lock stays.

@@ -14,7 +14,7 @@ use sheepdog_proto::{
     ResultCode, VDI_BITMAP_LEN, VdiId,
 };
 
-use super::locks::Lock;
+use super::locks::{Lock, TYPE_NORMAL};
 
 /// One VDI.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,8 +96,8 @@ struct Tables {
     in_use: Bitmap,
     deleted: Bitmap,
     entries: BTreeMap<VdiId, Entry>,
-    /// Announced vids whose inode could not be written: not told to joiners.
-    phantoms: BTreeSet<VdiId>,
+    /// Where locks went that a snapshot took along, from the vid that was locked.
+    moved_locks: BTreeMap<VdiId, VdiId>,
 }
 
 /// See the module's documentation.
@@ -129,7 +129,7 @@ impl Default for VdiTable {
                 in_use: Bitmap::new(),
                 deleted: Bitmap::new(),
                 entries: BTreeMap::new(),
-                phantoms: BTreeSet::new(),
+                moved_locks: BTreeMap::new(),
             }),
             checkpoints: Mutex::default(),
             collecting: AtomicBool::new(false),
@@ -192,7 +192,10 @@ impl VdiTable {
         self.note_shift(record.block_size_shift);
         let mut t = self.tables.write();
         let bit = record.vid.get() as usize;
-        t.in_use.set(bit, true);
+        // Where a name's vids end is decided by these bits: all nodes need the same ones.
+        if record.announced_only == 0 {
+            t.in_use.set(bit, true);
+        }
         if record.deleted != 0 {
             t.deleted.set(bit, true);
         }
@@ -221,7 +224,6 @@ impl VdiTable {
         if set_bitmap {
             t.in_use.set(new.get() as usize, true);
         }
-        t.phantoms.remove(&new);
         let lock = t.entries.get(&new).map_or(Lock::Unlocked, |e| e.lock.clone());
         t.entries.insert(
             new,
@@ -235,11 +237,6 @@ impl VdiTable {
                 lock,
             },
         );
-    }
-
-    /// Remembers that `vid` was announced but has no inode.
-    pub fn mark_phantom(&self, vid: VdiId) {
-        self.tables.write().phantoms.insert(vid);
     }
 
     /// Sets the in-use bit (NEW_VDI).
@@ -270,6 +267,7 @@ impl VdiTable {
         t.in_use.set(vid.get() as usize, false);
         t.deleted.set(vid.get() as usize, false);
         t.entries.remove(&vid);
+        t.moved_locks.retain(|from, to| *from != vid && *to != vid);
     }
 
     /// The family of `vid` (everything connected by parents) if every member is deleted (spec 05, section 12).
@@ -308,13 +306,40 @@ impl VdiTable {
     /// NEW_VDI made `new` the working VDI of a name whose working VDI was its parent here: the lock goes along.
     pub fn carry_lock_over(&self, new: VdiId) {
         let mut t = self.tables.write();
-        let Some(mut next) = t.entries.get(&new).map(|e| (e.parent, e.lock.clone())) else { return };
-        if let Some(old) = t.entries.get_mut(&next.0) {
-            old.lock.carry_over(&mut next.1);
+        let Some((parent, mut next)) = t.entries.get(&new).map(|e| (e.parent, e.lock.clone())) else {
+            return;
+        };
+        let Some(old) = t.entries.get_mut(&parent) else { return };
+        if old.lock.carry_over(&mut next) {
+            t.moved_locks.insert(parent, new);
         }
         if let Some(entry) = t.entries.get_mut(&new) {
-            entry.lock = next.1;
+            entry.lock = next;
         }
+    }
+
+    /// RELEASE_VDI by `node`. A client that has not noticed a snapshot releases the vid that it locked: its lock is where the
+    /// snapshot took it.
+    pub fn release_lock(&self, vid: VdiId, node: NodeId, lock_type: u32) {
+        let vid = if lock_type == TYPE_NORMAL { self.lock_of(vid, node) } else { vid };
+        let mut t = self.tables.write();
+        if let Some(entry) = t.entries.get_mut(&vid) {
+            entry.lock.release(node, lock_type);
+        }
+        t.moved_locks.retain(|_, to| *to != vid);
+    }
+
+    /// The vid whose lock `node` has since it locked `vid`.
+    pub fn lock_of(&self, vid: VdiId, node: NodeId) -> VdiId {
+        let t = self.tables.read();
+        let lock = |vid: &VdiId| t.entries.get(vid).map(|e| &e.lock);
+        let mut at = vid;
+        while lock(&at) == Some(&Lock::Unlocked)
+            && let Some(next) = t.moved_locks.get(&at)
+        {
+            at = *next; // ends: each leads to a VDI made later
+        }
+        if lock(&at) == Some(&Lock::Locked(node)) { at } else { vid }
     }
 
     /// Runs `change` on every lock (a node left).
@@ -404,8 +429,11 @@ impl VdiTable {
     /// The records of GET_VDI_COPIES, ascending.
     pub fn records(&self) -> Vec<VdiState> {
         let t = self.tables.read();
-        let told = t.entries.iter().filter(|(vid, _)| !t.phantoms.contains(vid));
-        told.map(|(vid, entry)| entry.record(*vid)).collect()
+        let record = |(vid, entry): (&VdiId, &Entry)| VdiState {
+            announced_only: (!t.in_use.get(vid.get() as usize)).into(),
+            ..entry.record(*vid)
+        };
+        t.entries.iter().map(record).collect()
     }
 
     /// Keeps a copy of the table for a node that joins at `epoch` + 1.
@@ -597,10 +625,15 @@ mod tests {
     }
 
     #[test]
-    fn phantoms_are_not_told_to_joiners() {
-        let table = VdiTable::default();
-        table.announce(VdiId::NONE, vid(5), rep(3), false);
-        table.mark_phantom(vid(5));
-        assert!(table.records().is_empty());
+    fn a_joiner_is_told_which_vids_are_only_announced() {
+        let (table, joiner) = (VdiTable::default(), VdiTable::default());
+        for v in [4, 5] {
+            table.announce(VdiId::NONE, vid(v), rep(3), false);
+        }
+        table.set_in_use(vid(4));
+        table.records().iter().for_each(|record| joiner.add_record(record, false));
+        assert_eq!(joiner.vids(), [vid(4), vid(5)]);
+        assert_eq!(joiner.probe(4), table.probe(4));
+        assert_eq!(joiner.probe(4).free, Some(vid(5)));
     }
 }

@@ -52,7 +52,7 @@ wire! {
         0 => oid: Oid,
         /// What is asked, [`order`].
         8 => what: u8,
-        /// CLAIM: 1 to write, 0 to read only. PERFORM: the client's opcode.
+        /// CLAIM: 1 to write, 0 to read only. PERFORM: the client's opcode. LET_GO: 1 = once the VDI is known as a snapshot.
         9 => kind: u8,
         /// YIELD: every grant up to this one.
         12 => serial: u32,

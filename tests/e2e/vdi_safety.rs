@@ -79,7 +79,6 @@ fn a_name_outlives_the_node_that_makes_a_snapshot() {
         vdi.write(&mut client, block * BLOCK, &[7; 3 << 20]).expect("write");
     }
     client.write_obj(Oid::inode(vid), 256, &name_payload("s", None)).expect("the tag");
-    cluster.sigstop(silent);
     let mut through = cluster.nodes[requester].client();
     let body = VdiRequest {
         vdi_size: 16 << 20,
@@ -92,11 +91,13 @@ fn a_name_outlives_the_node_that_makes_a_snapshot() {
     let request = Request::new(Opcode::NEW_VDI).flag(Flags::WRITE).with_vdi(body);
     let payload = name_payload(&name, None);
     through.send(request.length(payload.len()), &payload).expect("send");
+    // Before the announcement it would be waited for.
+    let child = VdiId::new(vid.get() + 1);
+    while !states(&mut client).iter().any(|state| state.vid == child) {}
+    cluster.sigstop(silent);
     wait("the base to be a snapshot", || client.inode(vid).is_ok_and(|header| header.snap_ctime != 0));
     // Now the working VDI's inode is being written to the homes that answer, and to the silent one.
-    wait("a part of the homes to have the child", || {
-        !cluster.holders(Oid::inode(VdiId::new(vid.get() + 1))).is_empty()
-    });
+    wait("a part of the homes to have the child", || !cluster.holders(Oid::inode(child)).is_empty());
     cluster.kill9(requester);
     cluster.sigcont(silent);
     cluster.wait_members(5);
@@ -115,6 +116,64 @@ fn a_name_outlives_the_node_that_makes_a_snapshot() {
     again.write(&mut client, 0, &[8; 4096]).expect("write");
     assert_eq!(snapshot.read(&mut client, 0, 4096).expect("the snapshot"), [7; 4096]);
     cluster.assert_replicas_equal(3);
+}
+
+/// 05, 6: the node dies that has announced a snapshot and has written nothing yet. The VDI stays a working one.
+#[test]
+fn an_announced_snapshot_that_was_not_made_is_taken_back() {
+    let mut cluster = Cluster::new(4);
+    let mut client = cluster.client();
+    let vid = client.create_vdi("vm", 16 << 20).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    vdi.write(&mut client, 0, &[7; 4096]).expect("write");
+    let body = VdiStateRequest {
+        old_vid: vid,
+        new_vid: VdiId::new(vid.get() + 1),
+        copies: 3,
+        set_bitmap: 0,
+        copy_policy: 0,
+        block_size_shift: 22,
+    };
+    let request = Request::new(Opcode::NOTIFY_VDI_ADD).with_vdi_state(body);
+    assert_eq!(cluster.nodes[3].client().must(request, &[]).0.result, ResultCode::SUCCESS);
+    let write = |cluster: &Cluster, node: usize| {
+        cluster.nodes[node].client().write_obj(Oid::data(vid, 0), 0, &[8; 512]).expect("an answer")
+    };
+    wait("the announcement", || write(&cluster, 1) == ResultCode::READONLY);
+    cluster.kill9(3);
+    for node in 0..3 {
+        wait("the VDI to be writable", || write(&cluster, node) == ResultCode::SUCCESS);
+    }
+    // One that came to be stays.
+    let working = client.snapshot("vm", "s").expect("snapshot");
+    assert_ne!(working, vid);
+    cluster.start(3);
+    cluster.wait_recovered();
+    for node in 0..4 {
+        assert_eq!(write(&cluster, node), ResultCode::READONLY);
+    }
+}
+
+/// 05, 26: a member that is silent may be in the middle of a table update. Nothing is copied before it answers.
+#[test]
+fn a_snapshot_waits_for_a_silent_member() {
+    let mut cluster = Builder::new(4).local().start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("vm", 16 << 20).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    vdi.write(&mut client, 0, &[7; 4096]).expect("write");
+    let homes = cluster.homes(Oid::inode(vid), 3);
+    let silent = (1..4).find(|i| !homes.contains(i)).unwrap_or(homes[2].max(1));
+    cluster.sigstop(silent);
+    let mut through = cluster.client();
+    let taken = std::thread::spawn(move || through.snapshot("vm", "s"));
+    // Longer than a node may take that answers.
+    std::thread::sleep(Duration::from_secs(7));
+    assert!(!taken.is_finished());
+    assert_eq!(client.inode(vid).expect("the inode").snap_ctime, 0, "nothing was written");
+    cluster.sigcont(silent);
+    let working = taken.join().expect("the thread").expect("the snapshot");
+    assert_eq!(client.lookup("vm", "", 0), Ok(working));
 }
 
 /// The name `vm`, which has a snapshot `s` full of sevens and no working VDI, gets one again.

@@ -195,7 +195,7 @@ pub fn reweight<'a>(
 pub fn notify_vdi_add<'a>(
     task: &'a mut Task,
     message: &'a ClusterMessage,
-    _: &'a NodeRecord,
+    sender: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let body = message.request.vdi_state();
@@ -210,7 +210,7 @@ pub fn notify_vdi_add<'a>(
             snapshot: false,
             known: true,
         };
-        task.sheep.vdis.announce(body.old_vid, body.new_vid, redundancy, body.set_bitmap != 0);
+        task.sheep.vdis.announce(sender.nid, body.old_vid, body.new_vid, redundancy, body.set_bitmap != 0);
         ResultCode::SUCCESS
     })
 }
@@ -241,10 +241,11 @@ pub fn delete_cache<'a>(
 pub fn new_vdi<'a>(
     task: &'a mut Task,
     message: &'a ClusterMessage,
-    _: &'a NodeRecord,
+    sender: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async move {
         let vid = message.response.vdi().vdi_id;
+        task.sheep.vdis.finish(sender.nid);
         task.sheep.vdis.set_in_use(vid);
         // A snapshot or a live rollback: clients with the VDI open go on with the new one (spec 05, 16).
         if message.request.vdi().snapid != 0 {

@@ -22,6 +22,7 @@ use crate::settle;
 use crate::sheep::Sheep;
 use crate::start;
 use crate::vdi::locks::{TYPE_NORMAL, release_of_lost};
+use crate::vdi::unfinished;
 use crate::view::View;
 
 /// A call that must reach the driver in this order.
@@ -249,6 +250,7 @@ impl Task {
             refuse(sent.submission);
         }
         self.worker.abandon();
+        unfinished::settle(&self.sheep, self.state.me.nid);
         self.dropped = self.running.is_some();
         self.block_asked = false;
         let (record, info) = (self.state.me, self.state.cluster_info());
@@ -398,6 +400,9 @@ impl Task {
         } else {
             self.notifies.pop_front()
         };
+        if opcode == Opcode::NEW_VDI && !message.response.result.is_ok() {
+            unfinished::settle(&self.sheep, sender.nid);
+        }
         if message.response.result.is_ok()
             && let Some(main) = dispatch::main_part(opcode)
         {
@@ -484,6 +489,7 @@ impl Task {
             Action::Gathered(epoch) => self.sheep.recovery.gathered(&self.sheep, epoch).await,
             Action::DropNode(node) => {
                 self.sheep.peers.forget(&node);
+                unfinished::settle(&self.sheep, node);
                 self.sheep.vdis.for_each_lock(|lock| lock.drop_participant(node));
                 if let Some(grace) = self.sheep.lock_grace {
                     tokio::spawn(release_of_lost(self.sheep.clone(), node, grace));

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use sheepdog_proto::header::{CoherenceRequest, ObjRequest};
 use sheepdog_proto::inode::{self, Gref, INODE_LOOKUP_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, gref_offset};
-use sheepdog_proto::{ClusterFlags, Flags, Oid, Opcode, Request, ResultCode, VdiId};
+use sheepdog_proto::{ClusterFlags, Flags, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 
 use crate::sheep::Sheep;
 use crate::vdi::locks::Participation;
@@ -61,6 +61,7 @@ pub async fn update(
     let stale = participation(sheep, vid) == Some(Participation::Invalidated);
     invalidate_others(sheep, vid).await?;
     let first = ((offset - TABLE_OFFSET as u64) / 4) as u32;
+    let begun = sheep.views.epoch();
     let changes = changes(sheep, oid, first, offset, &data).await?;
     let own = |c: &Change| inode::table(&data)[(c.index - first) as usize].get() == vid.get();
     let view = sheep.views.load();
@@ -68,6 +69,11 @@ pub async fn update(
         return Err(ResultCode::READONLY);
     }
     sheep.gateway.write_object(sheep, oid, offset, data.clone()).await?;
+    let steady = sheep.views.epoch() == begun;
+    if !steady {
+        // This node may have been out of the cluster meanwhile, and not held back: what it then missed it has learned first.
+        let _ = sheep.tables.subscribe().wait_for(|learned| *learned).await;
+    }
     if sheep.redundancy(vid, &sheep.views.load()).snapshot && changes.iter().any(own) {
         // The VDI became a snapshot meanwhile: whoever took it may not have seen the entries. Take them back; the client
         // sends them to the new working VDI.
@@ -82,7 +88,8 @@ pub async fn update(
     if stale && by == By::Target {
         sheep.gateway.stale.lock().insert(vid);
     }
-    let drops = changes.iter().filter(|c| c.old != 0).map(|c| {
+    // Counts that were read in another epoch may be old. What is not dropped for that `vdi/leaks.rs` finds.
+    let drops = changes.iter().filter(|c| c.old != 0 && steady).map(|c| {
         let reference = Reference {
             data: Oid::data(VdiId::new(c.old), c.index),
             generation: c.gref.generation.get() as u32,
@@ -177,30 +184,31 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// Between two questions to one node.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
-/// Waits until every member refuses writes to the announced snapshot `vid` and has ended the table updates that it began
-/// before: from then on the table is final.
-pub async fn settle_snapshot(sheep: &Arc<Sheep>, vid: VdiId) {
-    settle(sheep, vid, |answer| answer == ResultCode::READONLY).await;
+/// Waits until these members, of the original, refuse writes to the announced snapshot `vid` and have ended the table updates
+/// that they began before. Others are held (`gateway/hold.rs`).
+pub async fn settle_snapshot(sheep: &Arc<Sheep>, vid: VdiId, members: &[NodeId]) {
+    settle(sheep, vid, members, |answer| answer == ResultCode::READONLY).await;
 }
 
 /// Waits until every member has ended the table updates of `vid` that it has in progress.
 pub async fn settle_updates(sheep: &Arc<Sheep>, vid: VdiId) {
-    settle(sheep, vid, |_| true).await;
+    let view = sheep.views.load();
+    let others: Vec<NodeId> = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me).collect();
+    settle(sheep, vid, &others, |_| true).await;
+    drop(sheep.gateway.map_barrier(vid).await);
 }
 
-/// Asks every member by a write of nothing to an object that cannot exist, which waits for table updates in progress. An answer counts
-/// if it is `done`; a member that gives none in time is left out: it is about to leave.
-async fn settle(sheep: &Arc<Sheep>, vid: VdiId, done: fn(ResultCode) -> bool) {
+/// Asks members by a write of nothing to an object that cannot exist, which waits for table updates in progress. An answer counts
+/// if it is `done`; a member that gives none in time is left out.
+async fn settle(sheep: &Arc<Sheep>, vid: VdiId, members: &[NodeId], done: fn(ResultCode) -> bool) {
     // Behind every table: a write to an object that is just being removed would bring it back.
     let body = ObjRequest { oid: Oid::data(vid, u32::MAX), ..ObjRequest::zeroed() };
     let probe = Request::new(Opcode::WRITE_OBJ).flag(Flags::WRITE).with_obj(body);
-    let view = sheep.views.load();
-    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
-    let all = join_all(others.map(|node| async move {
+    let all = join_all(members.iter().map(|node| async move {
         loop {
-            let reply = sheep.peers.call(&node, probe, Bytes::new(), SETTLE).await;
+            let reply = sheep.peers.call(node, probe, Bytes::new(), SETTLE).await;
             let answered = reply.is_ok_and(|r| done(r.response.result));
-            if answered || !sheep.views.load().is_member(&node) {
+            if answered || !sheep.views.load().is_member(node) {
                 return;
             }
             tokio::time::sleep(SETTLE_PAUSE).await;
@@ -209,7 +217,6 @@ async fn settle(sheep: &Arc<Sheep>, vid: VdiId, done: fn(ResultCode) -> bool) {
     if tokio::time::timeout(SETTLE, all).await.is_err() {
         tracing::warn!("{vid:?}: not every node has ended its table updates in time");
     }
-    drop(sheep.gateway.map_barrier(vid).await);
 }
 
 impl super::Gateway {

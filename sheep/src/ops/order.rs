@@ -89,7 +89,7 @@ async fn hold(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<O
     if body.what == order::HOLD {
         hold::hold_for(sheep, node, body.oid.vid(), body.serial).await?;
     } else {
-        hold::let_go(sheep, node, body.oid.vid(), body.serial);
+        hold::let_go(sheep, node, body.oid.vid(), &body).await;
     }
     Ok(OrderResponse { verdict: 1, serial: body.serial })
 }

@@ -176,38 +176,44 @@ fn child_of(base: &Inode, params: &Params, vid: VdiId, snap_id: u32, time: u64) 
     child
 }
 
-/// Writes a child whose base is counted already, with its index if it is a hypervolume.
-async fn write_derived(sheep: &Arc<Sheep>, before: &Inode, mut child: Inode) -> Result<VdiId, ResultCode> {
-    let hyper = child.header.store_policy == STORE_POLICY_BTREE;
-    let written = async {
-        if hyper {
-            tree::copy_index(sheep, before.header.vdi_id, &mut child).await.map_err(|code| {
-                tracing::error!("failed to copy the index of {:?}: {code}", before.header.vdi_id);
-                ResultCode::VDI_WRITE
-            })?;
-        }
-        write_child(sheep, &child).await
-    };
-    match written.await {
-        Ok(()) => Ok(child.header.vdi_id),
-        Err(code) => {
-            if hyper {
-                tree::remove_index(sheep, &child).await;
-            }
-            Err(restore_base(sheep, before, code).await)
-        }
+/// Writes a child, with its index if it is a hypervolume.
+async fn write_derived(sheep: &Arc<Sheep>, base: VdiId, child: &mut Inode) -> Result<(), ResultCode> {
+    if child.header.store_policy == STORE_POLICY_BTREE {
+        tree::copy_index(sheep, base, child).await.map_err(|code| {
+            tracing::error!("failed to copy the index of {base:?}: {code}");
+            ResultCode::VDI_WRITE
+        })?;
     }
+    write_child(sheep, child).await
 }
 
-/// Writes the inode of an announced vid; if that fails the vid is a phantom.
+/// Writes the inode of an announced vid.
 async fn write_child(sheep: &Arc<Sheep>, child: &Inode) -> Result<(), ResultCode> {
-    let vid = child.header.vdi_id;
     create_inode(sheep, child).await.map_err(|code| {
-        tracing::error!("failed to write the inode of {vid:?}: {code}");
-        let sheep = sheep.clone();
-        tokio::spawn(async move { sheep.gateway.remove_object(&sheep, Oid::inode(vid)).await });
+        tracing::error!("failed to write the inode of {:?}: {code}", child.header.vdi_id);
         ResultCode::VDI_WRITE
     })
+}
+
+/// Undoes a derivation that failed half-way, as far as it is certain that its child is nowhere: a child keeps its base a
+/// snapshot and counted.
+async fn take_back(sheep: &Arc<Sheep>, before: &Inode, marked: Option<VdiId>, child: &Inode) {
+    let vid = child.header.vdi_id;
+    match sheep.gateway.remove_object(sheep, Oid::inode(vid)).await {
+        Ok(()) | Err(ResultCode::NO_OBJ) => {}
+        Err(code) => return tracing::error!("{vid:?} was not finished and cannot be removed: {code}"),
+    }
+    if child.header.store_policy == STORE_POLICY_BTREE {
+        tree::remove_index(sheep, child).await;
+    }
+    if let Err(code) = write_base_grefs(sheep, before).await {
+        tracing::error!("{:?} keeps references of a VDI that was not created: {code}", before.header.vdi_id);
+    }
+    if let Some(working) = marked
+        && let Err(code) = mark_snapshot(sheep, working, 0).await
+    {
+        tracing::error!("{working:?} stays a snapshot without a working VDI: {code}");
+    }
 }
 
 /// Refuses what the cluster would refuse to write, before anything is announced: an announcement cannot be taken back.
@@ -257,14 +263,6 @@ async fn write_base_grefs(sheep: &Arc<Sheep>, base: &Inode) -> Result<(), Result
     sheep.gateway.write_object(sheep, oid, GREF_OFFSET as u64, base.encode_grefs()).await
 }
 
-/// Undoes what a failed derivation wrote into its base, if that is still possible.
-async fn restore_base(sheep: &Arc<Sheep>, before: &Inode, code: ResultCode) -> ResultCode {
-    if let Err(e) = write_base_grefs(sheep, before).await {
-        tracing::error!("{:?} keeps references of a VDI that was not created: {e}", before.header.vdi_id);
-    }
-    code
-}
-
 async fn snapshot(
     sheep: &Arc<Sheep>,
     params: &Params,
@@ -273,18 +271,27 @@ async fn snapshot(
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
     check_writable(sheep, params, working, ResultCode::BASE_VDI_WRITE)?;
+    let mut no_updates = hold(sheep, working).await?;
     announce(sheep, working, vid, params).await?;
-    // Only now the table is final: from the announcement on, new entries of the old vid are refused.
-    map::settle_snapshot(sheep, working).await;
-    let _no_updates = hold(sheep, working).await;
+    // From now on new entries of the old vid are refused.
+    no_updates.becomes_snapshot();
+    map::settle_snapshot(sheep, working, no_updates.deaf()).await;
     let before = read_base(sheep, working).await?;
     let mut base = before.clone();
     base.count_copy();
     let time = inode_time();
-    write_base_grefs(sheep, &base).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
-    mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
-    let child = child_of(&base, params, vid, before.header.snap_id.wrapping_add(1), time);
-    write_derived(sheep, &before, child).await
+    let mut child = child_of(&base, params, vid, before.header.snap_id.wrapping_add(1), time);
+    let made = async {
+        write_base_grefs(sheep, &base).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
+        mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
+        write_derived(sheep, working, &mut child).await
+    };
+    if let Err(code) = made.await {
+        take_back(sheep, &before, Some(working), &child).await;
+        return Err(code);
+    }
+    no_updates.let_go().await;
+    Ok(vid)
 }
 
 async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), ResultCode> {
@@ -294,7 +301,7 @@ async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), 
 
 async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    let _no_updates = hold(sheep, base).await;
+    let _no_updates = hold(sheep, base).await?;
     let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
@@ -309,9 +316,16 @@ async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) 
     announce(sheep, if same_policy || recycle || hyper { base } else { VdiId::NONE }, vid, params).await?;
     let mut counted = before.clone();
     counted.count_copy();
-    write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
-    let child = child_of(&counted, params, vid, found.next_snap_id, inode_time());
-    write_derived(sheep, &before, child).await
+    let mut child = child_of(&counted, params, vid, found.next_snap_id, inode_time());
+    let made = async {
+        write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::BASE_VDI_WRITE)?;
+        write_derived(sheep, base, &mut child).await
+    };
+    if let Err(code) = made.await {
+        take_back(sheep, &before, None, &child).await;
+        return Err(code);
+    }
+    Ok(vid)
 }
 
 /// The working VDI becomes a snapshot and the name goes on from `base` (spec 05, section 8 b).
@@ -323,19 +337,29 @@ async fn live_rollback(
     base: VdiId,
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
-    let _no_updates = hold(sheep, base).await;
+    let _no_updates = hold(sheep, base).await?;
     let before = read_base(sheep, base).await?;
     if !before.header.is_snapshot() {
         return Err(ResultCode::INVALID_PARMS);
     }
     check_writable(sheep, params, base, ResultCode::VDI_WRITE)?;
+    let mut left = hold(sheep, working).await?;
     announce(sheep, working, vid, params).await?;
-    map::settle_snapshot(sheep, working).await;
+    left.becomes_snapshot();
+    map::settle_snapshot(sheep, working, left.deaf()).await;
     let time = inode_time();
-    mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::VDI_WRITE)?;
     let mut counted = before.clone();
     counted.count_copy();
-    write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::VDI_WRITE)?;
-    let child = child_of(&counted, params, vid, found.next_snap_id, time);
-    write_derived(sheep, &before, child).await
+    let mut child = child_of(&counted, params, vid, found.next_snap_id, time);
+    let made = async {
+        mark_snapshot(sheep, working, time).await.map_err(|_| ResultCode::VDI_WRITE)?;
+        write_base_grefs(sheep, &counted).await.map_err(|_| ResultCode::VDI_WRITE)?;
+        write_derived(sheep, base, &mut child).await
+    };
+    if let Err(code) = made.await {
+        take_back(sheep, &before, Some(working), &child).await;
+        return Err(code);
+    }
+    left.let_go().await;
+    Ok(vid)
 }

@@ -11,3 +11,4 @@ pub mod orphans;
 pub mod reclaim;
 pub mod table;
 pub mod tree;
+pub mod unfinished;

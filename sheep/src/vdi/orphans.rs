@@ -82,14 +82,16 @@ pub(super) struct Family {
 
 /// Whether every node has all its objects and nothing is waiting to be dropped here.
 fn is_quiet(sheep: &Sheep) -> bool {
+    is_settled(sheep)
+        && !sheep.views.load().flags.contains(ClusterFlags::RECYCLE_VID)
+        && sheep.gateway.reclaim.is_idle()
+}
+
+/// Whether every node has all its objects and this one knows all VDIs.
+pub(super) fn is_settled(sheep: &Sheep) -> bool {
     let view = sheep.views.load();
     let gathered = view.epoch == Epoch(1) || sheep.recovery.last_gathered() == view.epoch;
-    view.status == ClusterStatus::Ok
-        && gathered
-        && *sheep.tables.borrow()
-        && !view.flags.contains(ClusterFlags::RECYCLE_VID)
-        && sheep.recovery.is_idle()
-        && sheep.gateway.reclaim.is_idle()
+    view.status == ClusterStatus::Ok && gathered && *sheep.tables.borrow() && sheep.recovery.is_idle()
 }
 
 /// What the VDI table says at one moment: parent, and whether the VDI is deleted.

@@ -1,7 +1,8 @@
 //! The VDI state table: what is known of every vid without reading its inode (spec 05, sections 2 and 15).
 //!
 //! Changed only by the cluster task (in event order, so equal on all nodes) and by the start-up scan; read by every
-//! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9).
+//! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9); an announced
+//! snapshot that nobody made is the exception (`vdi/unfinished.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -98,6 +99,9 @@ struct Tables {
     entries: BTreeMap<VdiId, Entry>,
     /// Where locks went that a snapshot took along, from the vid that was locked.
     moved_locks: BTreeMap<VdiId, VdiId>,
+    /// Working VDIs that were announced as snapshots, until the snapshot is made: by whom, and which announcement.
+    unfinished: BTreeMap<VdiId, (NodeId, u64)>,
+    announcements: u64,
 }
 
 /// See the module's documentation.
@@ -130,6 +134,8 @@ impl Default for VdiTable {
                 deleted: Bitmap::new(),
                 entries: BTreeMap::new(),
                 moved_locks: BTreeMap::new(),
+                unfinished: BTreeMap::new(),
+                announcements: 0,
             }),
             checkpoints: Mutex::default(),
             collecting: AtomicBool::new(false),
@@ -211,12 +217,17 @@ impl VdiTable {
         t.merge(record.vid, entry, if from_joiner { Merge::Known } else { Merge::Theirs });
     }
 
-    /// NOTIFY_VDI_ADD: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
-    pub fn announce(&self, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
+    /// NOTIFY_VDI_ADD by `node`: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
+    pub fn announce(&self, node: NodeId, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
         self.note_shift(redundancy.block_size_shift);
-        let mut t = self.tables.write();
+        let mut guard = self.tables.write();
+        let t = &mut *guard;
+        t.announcements += 1;
         if let Some(entry) = t.entries.get_mut(&old) {
-            entry.snapshot = true;
+            // A second announcement of one that is not finished leaves nothing to take back for the first.
+            if !std::mem::replace(&mut entry.snapshot, true) || t.unfinished.contains_key(&old) {
+                t.unfinished.insert(old, (node, t.announcements));
+            }
         }
         if new.is_none() {
             return;
@@ -237,6 +248,36 @@ impl VdiTable {
                 lock,
             },
         );
+    }
+
+    /// What `node` announced as snapshots is made (NEW_VDI).
+    pub fn finish(&self, node: NodeId) {
+        self.tables.write().unfinished.retain(|_, (by, _)| *by != node);
+    }
+
+    /// Working VDIs that `node` announced as snapshots and did not make snapshots of.
+    pub fn unfinished_of(&self, node: NodeId) -> Vec<(VdiId, u64)> {
+        let t = self.tables.read();
+        t.unfinished
+            .iter()
+            .filter(|(_, (by, _))| *by == node)
+            .map(|(vid, (_, which))| (*vid, *which))
+            .collect()
+    }
+
+    /// An announced snapshot was not finished. Whether its inode says that it is a snapshot all the same decides; an
+    /// announcement that came since counts by itself. `false` = that happened.
+    pub fn settle_unfinished(&self, vid: VdiId, which: u64, is_snapshot: bool) -> bool {
+        let mut guard = self.tables.write();
+        let t = &mut *guard;
+        if t.unfinished.get(&vid).is_none_or(|(_, now)| *now != which) {
+            return false;
+        }
+        t.unfinished.remove(&vid);
+        if let Some(entry) = t.entries.get_mut(&vid) {
+            entry.snapshot = is_snapshot;
+        }
+        true
     }
 
     /// Sets the in-use bit (NEW_VDI).
@@ -268,6 +309,7 @@ impl VdiTable {
         t.deleted.set(vid.get() as usize, false);
         t.entries.remove(&vid);
         t.moved_locks.retain(|from, to| *from != vid && *to != vid);
+        t.unfinished.remove(&vid);
     }
 
     /// The family of `vid` (everything connected by parents) if every member is deleted (spec 05, section 12).
@@ -590,9 +632,9 @@ mod tests {
     #[test]
     fn a_stale_record_never_clears_snapshot_or_deleted() {
         let table = VdiTable::default();
-        table.announce(VdiId::NONE, vid(5), rep(3), true);
+        table.announce(NodeId::zeroed(), VdiId::NONE, vid(5), rep(3), true);
         let stale = table.records()[0];
-        table.announce(vid(5), vid(6), rep(3), true);
+        table.announce(NodeId::zeroed(), vid(5), vid(6), rep(3), true);
         table.set_deleted(vid(6));
         for from_joiner in [true, false] {
             table.add_record(&stale, from_joiner);
@@ -606,17 +648,17 @@ mod tests {
     fn announcing_keeps_the_old_vids_policy() {
         let table = VdiTable::default();
         let coded = Redundancy { policy: CopyPolicy::erasure(4, 2).expect("valid"), copies: 6, ..rep(6) };
-        table.announce(VdiId::NONE, vid(5), coded, true);
-        table.announce(vid(5), vid(9), rep(3), true);
+        table.announce(NodeId::zeroed(), VdiId::NONE, vid(5), coded, true);
+        table.announce(NodeId::zeroed(), vid(5), vid(9), rep(3), true);
         assert_eq!(table.get(vid(5)).map(|e| e.copy_policy), Some(0x22));
     }
 
     #[test]
     fn a_family_is_dead_only_when_all_its_members_are() {
         let table = VdiTable::default();
-        table.announce(VdiId::NONE, vid(1), rep(3), true);
-        table.announce(vid(1), vid(2), rep(3), true);
-        table.announce(vid(1), vid(3), rep(3), true);
+        table.announce(NodeId::zeroed(), VdiId::NONE, vid(1), rep(3), true);
+        table.announce(NodeId::zeroed(), vid(1), vid(2), rep(3), true);
+        table.announce(NodeId::zeroed(), vid(1), vid(3), rep(3), true);
         table.set_deleted(vid(1));
         table.set_deleted(vid(2));
         assert_eq!(table.dead_family(vid(2)), None);
@@ -628,7 +670,7 @@ mod tests {
     fn a_joiner_is_told_which_vids_are_only_announced() {
         let (table, joiner) = (VdiTable::default(), VdiTable::default());
         for v in [4, 5] {
-            table.announce(VdiId::NONE, vid(v), rep(3), false);
+            table.announce(NodeId::zeroed(), VdiId::NONE, vid(v), rep(3), false);
         }
         table.set_in_use(vid(4));
         table.records().iter().for_each(|record| joiner.add_record(record, false));

@@ -27,7 +27,7 @@ pub async fn bind(options: &Options) -> Result<Option<Vec<(ListenAddr, Listener)
 
 /// Serves the VDIs of the cluster on these listeners.
 pub fn serve(listeners: Vec<(ListenAddr, Listener)>, sheep: &Arc<Sheep>) -> Arc<Server> {
-    let exports = VdiExports::new(Arc::new(InProcess(sheep.clone())), VdiExportsOptions::default());
+    let exports = VdiExports::new(Arc::new(InProcess::new(sheep.clone())), VdiExportsOptions::default());
     let server = Arc::new(Server::new(Arc::new(exports)));
     for (addr, listener) in listeners {
         tracing::info!("serving volumes over NBD on {addr}");

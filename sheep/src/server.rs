@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
@@ -104,6 +104,7 @@ impl Server {
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             in_flight: AtomicUsize::new(0),
             from,
+            since: Instant::now(),
         });
         tokio::spawn(async move {
             if let Err(reason) = connection.read(reader).await {
@@ -131,6 +132,7 @@ struct Connection {
     slots: Arc<Semaphore>,
     in_flight: AtomicUsize,
     from: String,
+    since: Instant,
 }
 
 /// Shares of the budgets that a request holds until its answer is sent.
@@ -246,7 +248,7 @@ impl Connection {
             self.log_request(&request, &payload);
         }
         let reply = match row.class {
-            Class::Gateway => gateway::execute(sheep, request, payload).await,
+            Class::Gateway => gateway::execute(sheep, request, payload, self.since).await,
             // A gateway that gave up has sent the request again elsewhere, and newer ones after it.
             Class::Peer if self.writer.is_reset() => result(&request, ResultCode::NETWORK_ERROR),
             Class::Peer => peer::execute(sheep, request, payload, &|| !self.writer.is_reset()).await,

@@ -1,6 +1,7 @@
 //! This daemon as a [`Service`], for volumes that it serves itself: no socket in between.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use sheepdog_client::{CallFuture, Service};
@@ -12,11 +13,21 @@ use crate::ops::result;
 use crate::sheep::Sheep;
 
 /// Executes requests of this process as if they came from a client.
-pub struct InProcess(pub Arc<Sheep>);
+pub struct InProcess {
+    sheep: Arc<Sheep>,
+    since: Instant,
+}
+
+impl InProcess {
+    /// A client that is connected from now on.
+    pub fn new(sheep: Arc<Sheep>) -> InProcess {
+        InProcess { sheep, since: Instant::now() }
+    }
+}
 
 impl Service for InProcess {
     fn call(&self, mut request: Request, payload: Bytes) -> CallFuture<'_> {
-        let sheep = &self.0;
+        let sheep = &self.sheep;
         if request.flags.contains(Flags::WRITE) {
             request.data_length = payload.len() as u32;
         }
@@ -38,7 +49,7 @@ impl Service for InProcess {
             Ok(match row.class {
                 Class::Gateway => match inline_read(sheep, &request) {
                     Some(reply) => reply,
-                    None => gateway::execute(sheep, request, payload).await,
+                    None => gateway::execute(sheep, request, payload, self.since).await,
                 },
                 Class::Local(handler) => handler(sheep, request, payload).await,
                 Class::Cluster(..) => sheep.cluster.submit(request, payload).await,

@@ -316,6 +316,23 @@ fn a_running_client_follows_snapshots_of_others() {
     io(&image, &["read -P 12 2M 1M", "read -P 22 8M 64k", "read -P 21 12M 64k"]);
 }
 
+/// The first thing that a machine does after somebody took a snapshot is a discard (`fstrim`): it is of the working VDI.
+#[test]
+fn a_discard_after_a_snapshot_of_others_leaves_the_snapshot_alone() {
+    let mut cluster = cluster();
+    let image = unix(&cluster, 0, "vm");
+    img(&["create", "-f", "raw", &image, "16M"]);
+    let mut session = Session::open(&image);
+    session.say("write -P 1 0 12M");
+    cluster.dog_at(1, &["vdi", "snapshot", "vm", "-s", "s"], &[]).ok();
+    writeln!(session.stdin, "discard 4M 4M").expect("qemu-io listens");
+    session.say("read -P 0 4M 4M");
+    session.say("read -P 1 8M 4M");
+    session.close();
+    io(&unix(&cluster, 2, "vm#s"), &["read -P 1 0 12M"]);
+    io(&image, &["read -P 1 0 4M", "read -P 0 4M 4M", "read -P 1 8M 4M"]);
+}
+
 /// A second client is kept out by the lock, also after the first one's sheep took a snapshot; `dog` can free it.
 #[test]
 fn a_locked_image_is_busy() {

@@ -1,7 +1,7 @@
 //! VDI operations through one node against table updates through another: they take effect in one order (spec 05, 26).
 
 use sheepdog_proto::header::{ObjRequest, VdiRequest};
-use sheepdog_proto::inode::TABLE_OFFSET;
+use sheepdog_proto::inode::{TABLE_OFFSET, table_offset};
 use sheepdog_proto::{ClusterFlags, Oid, Opcode, Request, ResultCode, VdiId, VdiState, Wire};
 use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 
@@ -81,6 +81,35 @@ fn a_discard_is_before_a_snapshot_or_refused() {
 
 /// A tool clears a snapshot's table through one node, as `dog vdi delete` does, while another node clones it: whatever
 /// the clone names is there.
+/// A client that was there before the snapshot clears entries of what is the working VDI to it, as QEMU discards; one that
+/// comes later clears the snapshot's, as `dog` and QEMU delete.
+#[test]
+fn who_does_not_know_of_a_snapshot_cannot_clear_its_entries() {
+    let mut cluster = Builder::new(3).block_size_shift(20).start();
+    let mut client = cluster.nodes[0].client();
+    let vid = client.create_vdi("vm", 4 * BLOCK).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    for block in 0..2 {
+        vdi.write(&mut client, block * BLOCK, &[7; 512]).expect("write");
+    }
+    let discard = |client: &mut Client, vid: VdiId| {
+        client.write_obj(Oid::inode(vid), table_offset(0) as u32, &[0; 4]).expect("an answer")
+    };
+    let mut old = cluster.nodes[1].client();
+    old.inode(vid).expect("connected");
+    let working = cluster.nodes[2].client().snapshot("vm", "s").expect("snapshot");
+    assert_eq!(discard(&mut old, vid), ResultCode::READONLY);
+    assert_eq!(discard(&mut old, working), ResultCode::SUCCESS);
+    assert_eq!(first_byte(&mut client, vid, 0), Some(7));
+    assert_eq!(first_byte(&mut client, working, 0), None);
+    let mut new = cluster.nodes[1].client();
+    assert_eq!(discard(&mut new, vid), ResultCode::SUCCESS);
+    assert_eq!(first_byte(&mut client, vid, 0), None);
+    delete(&mut client, "vm", 1);
+    delete(&mut client, "vm", 0);
+    wait_empty(&cluster);
+}
+
 #[test]
 fn a_clone_of_a_snapshot_that_is_being_cleared_names_only_what_is_there() {
     let mut cluster = Builder::new(3).block_size_shift(20).start();

@@ -159,21 +159,24 @@ fn an_announced_snapshot_that_was_not_made_is_taken_back() {
 fn a_snapshot_waits_for_a_silent_member() {
     let mut cluster = Builder::new(4).local().start();
     let mut client = cluster.client();
-    let vid = client.create_vdi("vm", 16 << 20).expect("create");
-    let mut vdi = Vdi::open(&mut client, vid).expect("open");
-    vdi.write(&mut client, 0, &[7; 4096]).expect("write");
-    let homes = cluster.homes(Oid::inode(vid), 3);
-    let silent = (1..4).find(|i| !homes.contains(i)).unwrap_or(homes[2].max(1));
+    let (name, vid, silent) = (0..)
+        .find_map(|n| {
+            let name = format!("vm{n}");
+            let vid = client.create_vdi(&name, 16 << 20).expect("create");
+            let homes = cluster.homes(Oid::inode(vid), 3);
+            Some((name, vid, (1..4).find(|i| !homes.contains(i))?))
+        })
+        .expect("there are names enough");
     cluster.sigstop(silent);
-    let mut through = cluster.client();
-    let taken = std::thread::spawn(move || through.snapshot("vm", "s"));
+    let (mut through, of) = (cluster.client(), name.clone());
+    let taken = std::thread::spawn(move || through.snapshot(&of, "s"));
     // Longer than a node may take that answers.
     std::thread::sleep(Duration::from_secs(7));
     assert!(!taken.is_finished());
     assert_eq!(client.inode(vid).expect("the inode").snap_ctime, 0, "nothing was written");
     cluster.sigcont(silent);
     let working = taken.join().expect("the thread").expect("the snapshot");
-    assert_eq!(client.lookup("vm", "", 0), Ok(working));
+    assert_eq!(client.lookup(&name, "", 0), Ok(working));
 }
 
 /// The name `vm`, which has a snapshot `s` full of sevens and no working VDI, gets one again.

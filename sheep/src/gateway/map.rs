@@ -1,7 +1,7 @@
 //! Updates of block tables, with the reference counting that hangs on them (spec 01, 12.5; spec 05, sections 9, 10).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -33,10 +33,13 @@ struct Change {
 /// Who asks for an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum By {
-    /// A client that keeps a table, or the deletion of a VDI: entries of snapshots may be cleared.
-    Client,
-    /// A client with a cached inode that is told when it is stale (tgt).
-    Target,
+    /// The deletion of a VDI.
+    Deletion,
+    /// A client that keeps a table, connected since then. It deletes snapshots by clearing their entries, but discards blocks
+    /// in the same way: what is a snapshot for a shorter time is the working VDI to it.
+    Client(Instant),
+    /// The same with a cached inode that is told when it is stale (tgt).
+    Target(Instant),
     /// DISCARD_OBJ: snapshots stay as they are.
     Discard,
 }
@@ -51,7 +54,12 @@ pub async fn update(
 ) -> Result<(), ResultCode> {
     let oid = Oid::inode(vid);
     let _serial = sheep.gateway.maps.turn(oid, 0..1, true).await;
-    if by == By::Discard && sheep.redundancy(vid, &sheep.views.load()).snapshot {
+    let as_working = match by {
+        By::Deletion => false,
+        By::Client(since) | By::Target(since) => sheep.vdis.snapshot_since(vid).is_some_and(|t| t > since),
+        By::Discard => sheep.redundancy(vid, &sheep.views.load()).snapshot,
+    };
+    if as_working {
         return Err(ResultCode::READONLY);
     }
     let adds = inode::table(&data).iter().any(|v| v.get() != 0);
@@ -85,7 +93,7 @@ pub async fn update(
     }
     clear_grefs(sheep, oid, &changes).await?;
     let stale = !changes.is_empty() && invalidate_late(sheep, vid).await? || stale;
-    if stale && by == By::Target {
+    if stale && matches!(by, By::Target(_)) {
         sheep.gateway.stale.lock().insert(vid);
     }
     // Counts that were read in another epoch may be old. What is not dropped for that `vdi/leaks.rs` finds.

@@ -23,6 +23,7 @@ pub mod sequencer;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -90,7 +91,7 @@ pub fn reply_data(request: &Request, data: Bytes) -> Reply {
 }
 
 /// Executes a gateway request of a client.
-pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Reply {
+pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, since: Instant) -> Reply {
     let _active = sheep.stats.gateway(&request);
     sheep.tables_arrived().await;
     match request.opcode {
@@ -99,7 +100,7 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Re
             Err(result) => reply(&request, result),
         },
         Opcode::WRITE_OBJ | Opcode::CREATE_AND_WRITE_OBJ => {
-            let result = write(sheep, &request, payload).await;
+            let result = write(sheep, &request, payload, since).await;
             reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
         }
         Opcode::REMOVE_OBJ => {
@@ -165,7 +166,12 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode
     sheep.gateway.read_object(sheep, body.oid, body.offset.into(), len).await
 }
 
-async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<(), ResultCode> {
+async fn write(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    payload: Bytes,
+    since: Instant,
+) -> Result<(), ResultCode> {
     let body = request.obj();
     let oid = body.oid;
     if !request.flags.contains(Flags::WRITE) {
@@ -208,11 +214,15 @@ async fn write(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> Result<
             return Err(ResultCode::INVALID_PARMS);
         }
         if !map::is_btree(sheep, oid.vid()).await? {
-            let by = if request.flags.contains(Flags::TGT) { map::By::Target } else { map::By::Client };
+            let by = match request.flags.contains(Flags::TGT) {
+                true => map::By::Target(since),
+                false => map::By::Client(since),
+            };
             return map::update(sheep, oid.vid(), offset, payload, by).await;
         }
     }
-    if oid.is_inode() && offset < INODE_LOOKUP_LEN as u64 {
+    let into_table = offset < TABLE_OFFSET as u64 && offset + len > TABLE_OFFSET as u64;
+    if oid.is_inode() && (offset < INODE_LOOKUP_LEN as u64 || into_table) {
         return guard::write_header(sheep, oid, offset, payload).await;
     }
     sheep.gateway.write_object(sheep, oid, offset, payload).await

@@ -51,7 +51,7 @@ async fn clear_table(sheep: &Arc<Sheep>, vid: VdiId, inode: &Inode) -> Result<()
     for (i, chunk) in inode.table.chunks(BATCH).enumerate() {
         if chunk.iter().any(|v| *v != 0) {
             let zeros = sheepdog_buffer::zeros(chunk.len() * 4);
-            map::update(sheep, vid, table_offset((i * BATCH) as u32), zeros, map::By::Client).await?;
+            map::update(sheep, vid, table_offset((i * BATCH) as u32), zeros, map::By::Deletion).await?;
         }
     }
     Ok(())

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use sheepdog_proto::inode::InodeHeader;
@@ -28,6 +29,8 @@ pub struct Entry {
     pub block_size_shift: u8,
     /// Its data objects are read-only.
     pub snapshot: bool,
+    /// When this node was told that it became one.
+    pub snapshot_since: Option<Instant>,
     /// It was deleted.
     pub deleted: bool,
     /// What it was derived from.
@@ -181,6 +184,7 @@ impl VdiTable {
                 copy_policy: header.copy_policy,
                 block_size_shift: header.block_size_shift,
                 snapshot: header.is_snapshot(),
+                snapshot_since: None,
                 deleted: header.is_deleted(),
                 parent: header.parent_vdi_id,
                 lock: Lock::Unlocked,
@@ -210,6 +214,7 @@ impl VdiTable {
             copy_policy: record.copy_policy,
             block_size_shift: record.block_size_shift,
             snapshot: record.snapshot != 0,
+            snapshot_since: None,
             deleted: record.deleted != 0,
             parent: record.parent_vid,
             lock: Lock::Unlocked,
@@ -225,7 +230,11 @@ impl VdiTable {
         t.announcements += 1;
         if let Some(entry) = t.entries.get_mut(&old) {
             // A second announcement of one that is not finished leaves nothing to take back for the first.
-            if !std::mem::replace(&mut entry.snapshot, true) || t.unfinished.contains_key(&old) {
+            let first = !std::mem::replace(&mut entry.snapshot, true);
+            if first {
+                entry.snapshot_since = Some(Instant::now());
+            }
+            if first || t.unfinished.contains_key(&old) {
                 t.unfinished.insert(old, (node, t.announcements));
             }
         }
@@ -243,6 +252,7 @@ impl VdiTable {
                 copy_policy: redundancy.policy.to_byte(),
                 block_size_shift: redundancy.block_size_shift,
                 snapshot: false,
+                snapshot_since: None,
                 deleted: false,
                 parent: old,
                 lock,
@@ -333,6 +343,11 @@ impl VdiTable {
             at += 1;
         }
         family.iter().all(|v| t.entries.get(v).is_some_and(|e| e.deleted)).then_some(family)
+    }
+
+    /// When this node was told that `vid` became a snapshot, if it was.
+    pub fn snapshot_since(&self, vid: VdiId) -> Option<Instant> {
+        self.tables.read().entries.get(&vid).filter(|e| e.snapshot).and_then(|e| e.snapshot_since)
     }
 
     /// One entry.

@@ -319,7 +319,7 @@ fn a_running_client_follows_snapshots_of_others() {
 /// The first thing that a machine does after somebody took a snapshot is a discard (`fstrim`): it is of the working VDI.
 #[test]
 fn a_discard_after_a_snapshot_of_others_leaves_the_snapshot_alone() {
-    let mut cluster = cluster();
+    let cluster = cluster();
     let image = unix(&cluster, 0, "vm");
     img(&["create", "-f", "raw", &image, "16M"]);
     let mut session = Session::open(&image);

@@ -85,7 +85,7 @@ fn a_discard_is_before_a_snapshot_or_refused() {
 /// comes later clears the snapshot's, as `dog` and QEMU delete.
 #[test]
 fn who_does_not_know_of_a_snapshot_cannot_clear_its_entries() {
-    let mut cluster = Builder::new(3).block_size_shift(20).start();
+    let cluster = Builder::new(3).block_size_shift(20).start();
     let mut client = cluster.nodes[0].client();
     let vid = client.create_vdi("vm", 4 * BLOCK).expect("create");
     let mut vdi = Vdi::open(&mut client, vid).expect("open");

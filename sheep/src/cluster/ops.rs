@@ -17,6 +17,7 @@ use sheepdog_store::Layout;
 use super::task::{LockChange, Task};
 use crate::sheep::Sheep;
 use crate::start;
+use crate::vdi::orphans;
 use crate::vdi::table::Redundancy;
 
 /// A main part: its value is the operation's result.
@@ -219,13 +220,19 @@ fn valid_redundancy(copies: u8, shift: u8) -> bool {
     (1..=MAX_COPIES).contains(&usize::from(copies)) && (MIN_BLOCK_SHIFT..=MAX_BLOCK_SHIFT).contains(&shift)
 }
 
-/// NOTIFY_VDI_DEL: object lists here follow the files, nothing to forget.
+/// NOTIFY_VDI_DEL: object lists here follow the files, so there is nothing to forget. Between nodes of this project: a VDI
+/// whose deletion nobody ended.
 pub fn notify_vdi_del<'a>(
-    _: &'a mut Task,
-    _: &'a ClusterMessage,
+    task: &'a mut Task,
+    message: &'a ClusterMessage,
     _: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
-    Box::pin(async { ResultCode::SUCCESS })
+    Box::pin(async {
+        if let Ok(vid) = VdiId::decode(&message.data) {
+            tokio::spawn(orphans::look_whether_deleted(task.sheep.clone(), vid));
+        }
+        ResultCode::SUCCESS
+    })
 }
 
 /// DELETE_CACHE: obsolete.

@@ -16,7 +16,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sheepdog_proto::{ClusterFlags, ClusterStatus, Epoch, ObjectKind, ResultCode, VdiId};
+use bytes::Bytes;
+use sheepdog_proto::{
+    ClusterFlags, ClusterStatus, Epoch, Flags, ObjectKind, Oid, Opcode, Request, ResultCode, VdiId, Wire,
+};
 use sheepdog_store::Replica;
 
 use super::leaks::{self, Leaks};
@@ -46,7 +49,7 @@ pub async fn run(sheep: Arc<Sheep>) {
     let mut parents = HashMap::new();
     let mut done = None;
     let mut leaks = Leaks::default();
-    let mut ctime = 0;
+    let (mut ctime, mut asked) = (0, None);
     loop {
         let asleep = Instant::now();
         tokio::time::sleep(GRACE).await;
@@ -58,6 +61,10 @@ pub async fn run(sheep: Arc<Sheep>) {
             // The ids may be used anew, with other parents.
             parents.clear();
         }
+        if is_quiet(&sheep) && asked != Some((ctime, view.epoch)) {
+            ask_for_deleted(&sheep).await;
+            asked = Some((ctime, view.epoch));
+        }
         let occasion = Occasion { ctime, epoch: view.epoch, deleted: sheep.vdis.deleted_vids().len() };
         if !is_quiet(&sheep) || (done == Some(occasion) && !leaks.is_due()) {
             continue;
@@ -68,6 +75,32 @@ pub async fn run(sheep: Arc<Sheep>) {
             Ok(_) => done = Some(occasion),
             Err(code) => tracing::debug!("cannot tell what deleted VDIs left: {code}"),
         }
+    }
+}
+
+/// A node that dies while it deletes a VDI may have emptied the inode and told nobody. The first home of each inode looks,
+/// and has all nodes look if it is so.
+async fn ask_for_deleted(sheep: &Arc<Sheep>) {
+    let view = sheep.views.load();
+    let census = sheep.vdis.census().into_iter().filter(|(_, (_, deleted))| !deleted);
+    for (vid, _) in census {
+        let copies = sheep.redundancy(vid, &view).copies;
+        if view.my_position(Oid::inode(vid), copies) == Some(0)
+            && read_lookup_header(sheep, vid).await.is_ok_and(|header| header.is_deleted())
+        {
+            let payload = Bytes::from(vid.encode());
+            let request = Request::new(Opcode::NOTIFY_VDI_DEL).flag(Flags::WRITE).length(payload.len());
+            sheep.cluster.submit_internal(request, payload).await;
+        }
+    }
+}
+
+/// NOTIFY_VDI_DEL: what is deleted is what its inode says.
+pub async fn look_whether_deleted(sheep: Arc<Sheep>, vid: VdiId) {
+    if !sheep.views.load().flags.contains(ClusterFlags::RECYCLE_VID)
+        && read_lookup_header(&sheep, vid).await.is_ok_and(|header| header.is_deleted())
+    {
+        sheep.vdis.set_deleted(vid);
     }
 }
 

@@ -43,6 +43,7 @@ fn random_lives_agree_with_the_model_while_nodes_are_killed() {
     let mut run = Run::start(4, seed());
     for step in 0..steps(150) {
         run.disturb();
+        run.cut();
         run.step(step);
     }
     run.finish();

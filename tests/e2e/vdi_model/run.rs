@@ -1,13 +1,16 @@
 //! Random operations on a cluster and on its model.
 
+use std::time::Duration;
+
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use sheepdog_proto::header::{ObjRequest, VdiRequest};
 use sheepdog_proto::inode::TABLE_OFFSET;
-use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
+use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::load::{SLOT, pattern};
-use sheepdog_testkit::{Builder, Client, Cluster, Vdi};
+use sheepdog_testkit::vdi::name_payload;
+use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait};
 
 use super::audit;
 use super::model::{BLOCK, Chain, Image, Model, PER_BLOCK, Snapshot};
@@ -20,6 +23,43 @@ const MAX_SNAPSHOTS: usize = 24;
 const MAX_BLOCKS: u64 = 16;
 /// The writer that the patterns name.
 const WRITER: u32 = 1;
+
+/// A VDI operation that may be cut.
+#[derive(Debug, Clone)]
+enum Operation {
+    Create { name: String },
+    Snapshot { name: String, tag: String },
+    Clone { name: String, base: Image },
+    Delete { name: String, snapid: u32 },
+}
+
+impl Operation {
+    /// The result, if there is an answer.
+    fn ask(&self, client: &mut Client) -> Option<ResultCode> {
+        let new = |vdi_size, base_vdi_id, snapid| VdiRequest {
+            vdi_size,
+            base_vdi_id,
+            snapid,
+            ..VdiRequest::zeroed()
+        };
+        let (opcode, name, body) = match self {
+            Operation::Create { name } => (Opcode::NEW_VDI, name, new(4 * BLOCK, VdiId::NONE, 0)),
+            Operation::Snapshot { name, tag } => {
+                let working = client.lookup(name, "", 0).ok()?;
+                client.write_obj(Oid::inode(working), 256, &name_payload(tag, None)).ok()?.ok().ok()?;
+                let size = client.inode(working).ok()?.vdi_size;
+                (Opcode::NEW_VDI, name, new(size, working, 1))
+            }
+            Operation::Clone { name, base } => {
+                (Opcode::NEW_VDI, name, new(base.blocks() * BLOCK, base.vid, 0))
+            }
+            Operation::Delete { name, snapid } => (Opcode::DEL_VDI, name, new(0, VdiId::NONE, *snapid)),
+        };
+        let payload = name_payload(name, None);
+        let request = Request::new(opcode).flag(Flags::WRITE).with_vdi(body).length(payload.len());
+        client.call(request, &payload).ok().map(|(response, _)| response.result)
+    }
+}
 
 /// A cluster, its model, and where things stand.
 pub struct Run {
@@ -78,6 +118,131 @@ impl Run {
                 }
             }
             None => {}
+        }
+    }
+
+    /// Now and then a VDI operation whose node is killed while it works on it.
+    pub fn cut(&mut self) {
+        if self.down.is_some() || !self.random.random_ratio(1, 12) {
+            return;
+        }
+        self.cluster.wait_recovered();
+        self.move_client();
+        let Some((text, what)) = self.pick_operation() else { return };
+        let node = self.gateway;
+        let (mut client, operation) = (self.cluster.nodes[node].client(), what.clone());
+        let asked = std::thread::spawn(move || operation.ask(&mut client));
+        std::thread::sleep(Duration::from_micros(self.random.random_range(0..40_000)));
+        eprintln!("kill node {node} in: {text}");
+        self.cluster.kill9(node);
+        let answer = asked.join().expect("no panic");
+        self.killed = true;
+        self.down = Some((node, self.random.random_range(0..6)));
+        self.gateway = (node + 1) % self.cluster.nodes.len();
+        self.cluster.wait_members(self.cluster.nodes.len() - 1);
+        self.cluster.wait_recovered();
+        self.client = self.cluster.nodes[self.gateway].client();
+        self.learn(what, answer);
+        self.model.prune();
+    }
+
+    fn pick_operation(&mut self) -> Option<(String, Operation)> {
+        let what = match self.random.random_range(0..5) {
+            0 => {
+                self.names += 1;
+                let name = format!("cut{}", self.names % 9);
+                (!self.model.chains.contains_key(&name) && self.model.chains.len() < MAX_NAMES)
+                    .then_some(Operation::Create { name })?
+            }
+            1 => {
+                self.tags += 1;
+                Operation::Snapshot { name: self.pick_working()?, tag: format!("tag{}", self.tags) }
+            }
+            2 => {
+                let (source, index) = self.pick_snapshot()?;
+                self.names += 1;
+                let name = format!("cut{}", self.names % 9);
+                let base = self.snapshot(&source, index).image.clone();
+                (!self.model.chains.contains_key(&name) && self.model.chains.len() < MAX_NAMES)
+                    .then_some(Operation::Clone { name, base })?
+            }
+            3 => {
+                let name = self.pick_working()?;
+                Operation::Delete { name, snapid: 0 }
+            }
+            _ => {
+                let (name, index) = self.pick_snapshot()?;
+                let snapid = self.snapshot(&name, index).image.snap_id;
+                Operation::Delete { name, snapid }
+            }
+        };
+        Some((format!("{what:?}").chars().take(60).collect(), what))
+    }
+
+    /// Finds out what became of an operation that may have been cut. What was acknowledged must be so.
+    fn learn(&mut self, what: Operation, answer: Option<ResultCode>) {
+        let acknowledged = answer == Some(ResultCode::SUCCESS);
+        match what {
+            Operation::Create { name } => {
+                let found = self.client.lookup(&name, "", 0);
+                assert!(found.is_ok() || !acknowledged, "{name}: {found:?}");
+                if let Ok(vid) = found {
+                    self.model.chains.entry(name).or_default().working = Some(Image::empty(vid, 1, 4));
+                }
+            }
+            Operation::Clone { name, base } => {
+                let found = self.client.lookup(&name, "", 0);
+                assert!(found.is_ok() || !acknowledged, "{name}: {found:?}");
+                if let Ok(vid) = found {
+                    self.model.chains.entry(name).or_default().working = Some(base.derive(vid, 1));
+                }
+            }
+            Operation::Snapshot { name, tag } => {
+                let found = self.client.lookup(&name, "", 0);
+                let chain = self.model.chains.get_mut(&name).expect("it was picked");
+                let old = chain.working.take().expect("it was picked");
+                if found == Ok(old.vid) {
+                    assert!(!acknowledged, "{name}: no snapshot was taken");
+                    chain.working = Some(old);
+                    return self.wait_writable(&name);
+                }
+                match found {
+                    Ok(vid) => chain.working = Some(old.derive(vid, old.snap_id + 1)),
+                    // Base and child are written one after the other: the name can be made again from the snapshot.
+                    Err(ResultCode::NO_VDI) if !acknowledged => {}
+                    Err(code) => panic!("{name}: {code}"),
+                }
+                chain.snapshots.push(Snapshot { tag, image: old });
+            }
+            Operation::Delete { name, snapid } => {
+                let again = VdiRequest { snapid, ..VdiRequest::zeroed() };
+                let found = self.client.lookup(&name, "", snapid);
+                assert!(found.is_err() || !acknowledged, "{name}: {found:?}");
+                if found.is_ok() {
+                    // Its table may be cleared in part.
+                    let deleted = self.client.vdi_op(Opcode::DEL_VDI, &name, None, again).result;
+                    assert_eq!(deleted, ResultCode::SUCCESS, "{name} {snapid}");
+                }
+                let chain = self.model.chains.get_mut(&name).expect("it was picked");
+                match snapid {
+                    0 => chain.working = None,
+                    _ => chain.snapshots.retain(|s| s.image.snap_id != snapid),
+                }
+            }
+        }
+    }
+
+    /// An announced snapshot that was not taken is taken back.
+    fn wait_writable(&mut self, name: &str) {
+        let image = self.working(name).clone();
+        let running = self.cluster.running();
+        for node in running {
+            let mut client = self.cluster.nodes[node].client();
+            // A write of nothing behind every table is refused for snapshots only.
+            wait("the VDI to be writable", || {
+                let oid = Oid::data(image.vid, 0);
+                client.write_obj(oid, 0, &[]).expect("an answer") != ResultCode::READONLY
+            });
         }
     }
 
@@ -279,7 +444,9 @@ impl Run {
             way => {
                 if way == 1 {
                     let zeros = vec![0; 4 * image.blocks() as usize];
-                    let cleared = self.client.write_obj(Oid::inode(vid), TABLE_OFFSET as u32, &zeros);
+                    // Over a connection of its own: one from before the snapshot may not.
+                    let mut tool = self.cluster.nodes[self.gateway].client();
+                    let cleared = tool.write_obj(Oid::inode(vid), TABLE_OFFSET as u32, &zeros);
                     assert_eq!(cleared.expect("an answer"), ResultCode::SUCCESS, "{name}");
                 }
                 let body = VdiRequest { snapid, ..VdiRequest::zeroed() };

@@ -328,6 +328,12 @@ fn attributes_are_created_read_replaced_and_deleted() {
     assert_eq!(call(&mut client, Flags::ATTR_DEL, "k", b"").0, ResultCode::SUCCESS);
     assert_eq!(call(&mut client, Flags::NONE, "k", b"").0, ResultCode::NO_OBJ);
     assert_eq!(call(&mut client, Flags::ATTR_DEL, "k", b"").0, ResultCode::NO_OBJ);
+    // The snapshot that is looked up and the one that is recorded must be the same.
+    let body = VdiRequest { snapid: 1, ..VdiRequest::zeroed() };
+    let other =
+        Request::new(Opcode::GET_VDI_ATTR).flag(Flags::WRITE.with(Flags::ATTR_CREAT)).length(ATTR_LEN);
+    let response = client.must(other.with_vdi(body), &attribute("test", "k", b"four")).0;
+    assert_eq!(response.result, ResultCode::INVALID_PARMS);
     let short = Request::new(Opcode::GET_VDI_ATTR).flag(Flags::WRITE).length(100);
     assert_eq!(client.must(short, &[0; 100]).0.result, ResultCode::INVALID_PARMS);
 }

@@ -338,6 +338,21 @@ fn attributes_are_created_read_replaced_and_deleted() {
     assert_eq!(client.must(short, &[0; 100]).0.result, ResultCode::INVALID_PARMS);
 }
 
+/// 05, 29 rule 8: a savevm that died before it wrote the size has left memory.
+#[test]
+fn saved_memory_goes_with_its_vdi_whatever_its_size_says() {
+    let mut cluster = Cluster::new(3);
+    let mut client = cluster.client();
+    let vid = client.create_vdi("vm", 4 << 20).expect("create");
+    let memory = |index| Oid::vmstate(vid, index);
+    for index in 0..5 {
+        assert!(client.create_obj(memory(index), None, 0, &[1; 512]).expect("create").is_ok());
+    }
+    assert_eq!(cluster.holders(memory(4)), [0, 1, 2]);
+    assert!(delete(&mut client, "vm", None).is_ok());
+    assert!((0..5).all(|index| cluster.holders(memory(index)).is_empty()));
+}
+
 /// Two keys whose ids, 32-bit hashes, are the same.
 fn colliding_keys(name: &str) -> (String, String) {
     let mut seen = HashMap::new();

@@ -62,14 +62,16 @@ async fn clear_rest(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
     clear_table(sheep, vid, &inode).await
 }
 
+/// The blocks that the size counts, and those behind them to the first that is missing: a savevm that died has written
+/// memory before it writes the size.
 async fn remove_vmstate(sheep: &Arc<Sheep>, header: &InodeHeader) -> Result<(), ResultCode> {
-    let blocks = header.vm_state_size.div_ceil(header.block_size()).min(u64::from(u32::MAX)) as u32;
+    let counted = header.vm_state_size.div_ceil(header.block_size()).min(u64::from(u32::MAX)) as u32;
     let mut absent = 0;
-    for index in 0..blocks {
+    for index in 0..=u32::MAX {
         match sheep.gateway.remove_object(sheep, Oid::vmstate(header.vdi_id, index)).await {
             Ok(()) => absent = 0,
             // The size is the client's word: a gap this long is the end.
-            Err(ResultCode::NO_OBJ) if absent == MAX_VMSTATE_GAP => break,
+            Err(ResultCode::NO_OBJ) if index >= counted || absent == MAX_VMSTATE_GAP => break,
             Err(ResultCode::NO_OBJ) => absent += 1,
             Err(code) => return Err(code),
         }

@@ -214,6 +214,44 @@ fn sixteen_petabytes_with_snapshots_clones_and_locks() {
     wait_only_inodes(&cluster);
 }
 
+/// Whatever the index was like when a write was told to be there, it stays.
+#[test]
+fn snapshots_while_many_writes_are_in_flight_lose_none() {
+    const ROUNDS: u64 = 12;
+    const DEPTH: u64 = 32;
+    let mut cluster = cluster();
+    cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
+    let mut client = cluster.client();
+    let vid = client.lookup("big", "", 0).expect("it exists");
+    fill_index(&mut client, vid);
+    let image = uri(&cluster, 0, "big");
+    must_io(
+        &image,
+        &[1u64, 5, 600_000].map(|idx| format!("write {} 4k", idx * BLOCK)).each_ref().map(|c| &c[..]),
+    );
+    assert!(leaves(&mut client, vid).len() >= 2, "the index has several nodes");
+
+    // Every write makes a block, in one node of the index or the other, or behind all that there are.
+    let place =
+        |round: u64, nr: u64| ([1_000, 300_000, 610_000][nr as usize % 3] + round * DEPTH + nr) * BLOCK;
+    let pattern = |round: u64, nr: u64| 1 + (round * 7 + nr) % 250;
+    for round in 0..ROUNDS {
+        let write = |nr| format!("aio_write -P {} {} 64k", pattern(round, nr), place(round, nr));
+        let commands: Vec<String> = (0..DEPTH).map(write).chain(["aio_flush".to_owned()]).collect();
+        let tag = format!("s{round}");
+        std::thread::scope(|scope| {
+            scope.spawn(|| cluster.dog_at(1, &["vdi", "snapshot", "-y", "big", "-s", &tag], &[]).ok());
+            must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+        });
+    }
+    assert_ne!(client.lookup("big", "", 0), Ok(vid));
+    for round in 0..ROUNDS {
+        let reads: Vec<String> =
+            (0..DEPTH).map(|nr| format!("read -P {} {} 64k", pattern(round, nr), place(round, nr))).collect();
+        must_io(&uri(&cluster, 2, "big"), &reads.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+}
+
 /// What was rolled back is the snapshot, and a hypervolume's clone may not be made flat.
 #[test]
 fn a_hypervolume_is_rolled_back() {

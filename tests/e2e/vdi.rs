@@ -293,6 +293,25 @@ fn discarding_goes_through_the_reference_count_and_not_into_snapshots() {
     assert_eq!(discard(&mut client, Oid::data(working, 0)), ResultCode::SUCCESS);
     assert_eq!(Vdi::open(&mut client, working).expect("open").table, [0; 4]);
     assert_eq!(vdi.read(&mut client, 0, 4096).expect("the snapshot's data"), [1; 4096]);
+
+    // Several blocks at once, as the daemon's own volumes ask for.
+    let mut vdi = Vdi::open(&mut client, working).expect("open");
+    for block in 1..4 {
+        vdi.write(&mut client, block * BLOCK, &[3; 4096]).expect("write");
+    }
+    let many = |client: &mut Client, oid, entries: &[u8]| {
+        let body = ObjRequest { oid, ..ObjRequest::zeroed() };
+        let request = Request::new(Opcode::DISCARD_OBJ).flag(Flags::WRITE).length(entries.len());
+        client.must(request.with_obj(body), entries).0.result
+    };
+    let middle = Oid::data(working, 1);
+    assert_eq!(many(&mut client, middle, &[0; 6]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, middle, &[0, 0, 0, 0, 1, 0, 0, 0]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, Oid::data(working, (1 << 20) - 1), &[0; 8]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, Oid::data(vid, 0), &[0; 8]), ResultCode::READONLY);
+    assert_eq!(many(&mut client, middle, &[0; 8]), ResultCode::SUCCESS);
+    assert_eq!(Vdi::open(&mut client, working).expect("open").table, [0, 0, 0, working.get()]);
+    wait("the objects to be gone", || (1..3).all(|idx| cluster.holders(Oid::data(working, idx)).is_empty()));
 }
 
 fn attribute_header(name: &str, key: &str) -> AttrHeader {

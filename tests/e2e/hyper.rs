@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sheepdog_proto::btree::{BTREE_NODE_LEN, BtreeNode, InnerEntry, LeafEntry, MAX_LEAF_ENTRIES};
 use sheepdog_proto::header::VdiRequest;
@@ -207,8 +207,10 @@ fn sixteen_petabytes_with_snapshots_clones_and_locks() {
     cluster.dog(&["vdi", "delete", "big"]).ok();
     must_io(&copy, &[old[0], old[1], old[3], &format!("read -P 21 {} 4M", 400_000 * BLOCK)]);
     let data_of = |vid: VdiId, idx: u64| Oid::data(vid, idx as u32);
-    assert!(cluster.holders(data_of(working, 800_000)).is_empty(), "a block that only the working VDI had");
-    assert!(cluster.holders(data_of(vid, 400_000)).is_empty(), "the clone has its own");
+    wait("a block that only the working VDI had to go", || {
+        cluster.holders(data_of(working, 800_000)).is_empty()
+    });
+    wait("a block that the clone has its own of to go", || cluster.holders(data_of(vid, 400_000)).is_empty());
     assert_eq!(cluster.holders(data_of(vid, 400_001)), [0, 1, 2], "the clone names it");
     cluster.dog(&["vdi", "delete", "copy"]).ok();
     wait_only_inodes(&cluster);
@@ -250,6 +252,31 @@ fn snapshots_while_many_writes_are_in_flight_lose_none() {
             (0..DEPTH).map(|nr| format!("read -P {} {} 64k", pattern(round, nr), place(round, nr))).collect();
         must_io(&uri(&cluster, 2, "big"), &reads.iter().map(String::as_str).collect::<Vec<_>>());
     }
+}
+
+/// The whole cluster waits for a deletion: it does not wait for the blocks.
+#[test]
+fn a_deletion_is_answered_before_the_blocks_are_gone() {
+    const BLOCKS: usize = 600;
+    let mut cluster = cluster();
+    cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
+    let image = uri(&cluster, 0, "big");
+    for first in (0..BLOCKS).step_by(100) {
+        let write = |idx| format!("aio_write -P 1 {} 4k", idx as u64 * BLOCK);
+        let commands: Vec<String> = (first..first + 100).map(write).chain(["aio_flush".to_owned()]).collect();
+        must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    wait("the lock to be released", || cluster.dog(&["vdi", "lock", "list"]).ok().lines().count() == 1);
+    let data = |cluster: &Cluster| cluster.objects_of(1).keys().filter(|oid| oid.is_data()).count();
+    assert_eq!(data(&cluster), BLOCKS);
+    let begun = Instant::now();
+    cluster.dog(&["vdi", "delete", "big"]).ok();
+    let (answered, left) = (begun.elapsed(), data(&cluster));
+    eprintln!("answered after {answered:?}, {left} blocks left");
+    assert!(left > 0 || answered < Duration::from_secs(1), "{answered:?}");
+    assert!(cluster.dog(&["vdi", "list", "-r"]).ok().is_empty());
+    wait_only_inodes(&cluster);
+    eprintln!("all blocks gone after {:?}", begun.elapsed());
 }
 
 /// What was rolled back is the snapshot, and a hypervolume's clone may not be made flat.

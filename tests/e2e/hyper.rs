@@ -254,29 +254,48 @@ fn snapshots_while_many_writes_are_in_flight_lose_none() {
     }
 }
 
-/// The whole cluster waits for a deletion: it does not wait for the blocks.
-#[test]
-fn a_deletion_is_answered_before_the_blocks_are_gone() {
-    const BLOCKS: usize = 600;
-    let mut cluster = cluster();
+/// A hypervolume of so many blocks, not open.
+fn filled(cluster: &mut Cluster, blocks: usize) {
     cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
-    let image = uri(&cluster, 0, "big");
-    for first in (0..BLOCKS).step_by(100) {
+    let image = uri(cluster, 0, "big");
+    for first in (0..blocks).step_by(100) {
         let write = |idx| format!("aio_write -P 1 {} 4k", idx as u64 * BLOCK);
         let commands: Vec<String> = (first..first + 100).map(write).chain(["aio_flush".to_owned()]).collect();
         must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
     }
     wait("the lock to be released", || cluster.dog(&["vdi", "lock", "list"]).ok().lines().count() == 1);
-    let data = |cluster: &Cluster| cluster.objects_of(1).keys().filter(|oid| oid.is_data()).count();
-    assert_eq!(data(&cluster), BLOCKS);
+    assert_eq!(data_objects(cluster), blocks);
+}
+
+fn data_objects(cluster: &Cluster) -> usize {
+    cluster.objects_of(1).keys().filter(|oid| oid.is_data()).count()
+}
+
+/// The whole cluster waits for a deletion: it does not wait for the blocks.
+#[test]
+fn a_deletion_is_answered_before_the_blocks_are_gone() {
+    let mut cluster = cluster();
+    filled(&mut cluster, 600);
     let begun = Instant::now();
     cluster.dog(&["vdi", "delete", "big"]).ok();
-    let (answered, left) = (begun.elapsed(), data(&cluster));
+    let (answered, left) = (begun.elapsed(), data_objects(&cluster));
     eprintln!("answered after {answered:?}, {left} blocks left");
     assert!(left > 0 || answered < Duration::from_secs(1), "{answered:?}");
     assert!(cluster.dog(&["vdi", "list", "-r"]).ok().is_empty());
     wait_only_inodes(&cluster);
     eprintln!("all blocks gone after {:?}", begun.elapsed());
+}
+
+#[test]
+fn blocks_go_although_the_node_that_deleted_them_died() {
+    let mut cluster = cluster();
+    filled(&mut cluster, 600);
+    cluster.dog(&["vdi", "delete", "big"]).ok();
+    cluster.kill9(0);
+    eprintln!("{} blocks left", data_objects(&cluster));
+    cluster.start(0);
+    cluster.wait_recovered();
+    wait_only_inodes(&cluster);
 }
 
 /// What was rolled back is the snapshot, and a hypervolume's clone may not be made flat.

@@ -139,7 +139,8 @@ pub async fn find(session: &Session, name: &[u8], snapshot: Option<&Snapshot>) -
     })
 }
 
-/// Creates a VDI, snapshot or clone; failures are reported.
+/// Creates a VDI, snapshot or clone; failures are reported. `SYSTEM` = there was no answer, it may have been created;
+/// `FAILURE` = it was refused.
 pub async fn new_vdi(session: &Session, name: &[u8], body: VdiRequest) -> Result<VdiId, Stop> {
     let request = Request::new(Opcode::NEW_VDI).flag(Flags::WRITE).with_vdi(body);
     let field = fixed_str::<MAX_NAME_LEN>(name).to_vec();

@@ -14,7 +14,7 @@ use std::path::Path;
 use common::{Scenario, load, output_key, run, stdin_of};
 use fake_sheep::{FakeCluster, Recorded};
 use serde_json::Value;
-use sheepdog_proto::{Opcode, Request, Wire};
+use sheepdog_proto::{Opcode, Request, ResultCode, Wire};
 
 const HEAD: usize = 64;
 
@@ -257,4 +257,29 @@ fn eight_objects_are_checked_at_the_same_time() {
     assert!(dog("vdi check v").ends_with(b"finish check&repair v\n"));
     let log = std::mem::take(&mut cluster.state.lock().unwrap().log);
     assert_eq!(log.iter().filter(|r| r.request.opcode == Opcode::GET_HASH).count(), 16);
+}
+
+#[test]
+fn the_tag_of_a_snapshot_goes_only_if_it_was_refused() {
+    let cluster = FakeCluster::start(1);
+    let env = [("SHEEPDOG_DOG_ADDR".to_string(), cluster.address.to_string())];
+    let dog = |line: &str| {
+        let args: Vec<String> =
+            line.split(' ').map(String::from).chain(["-p".into(), "7700".into()]).collect();
+        run(Path::new(env!("CARGO_BIN_EXE_dog")), &args, &env, b"")
+    };
+    let tags = || String::from_utf8(dog("vdi list -r").stdout).unwrap();
+    assert_eq!(dog("cluster format -V -c 1").rc, 0);
+    assert_eq!(dog("vdi create v 8M").rc, 0);
+    cluster.state.lock().unwrap().refuse = Some((Opcode::NEW_VDI, ResultCode::FULL_VDI));
+    assert_eq!(dog("vdi snapshot v -s refused").rc, 1);
+    assert!(!tags().contains("refused"), "{}", tags());
+    cluster.state.lock().unwrap().refuse = None;
+    cluster.state.lock().unwrap().lose_answer = Some(Opcode::NEW_VDI);
+    assert_eq!(dog("vdi snapshot v -s taken").rc, 2);
+    assert!(
+        tags().lines().any(|line| line.starts_with("s v 1 ") && line.ends_with(" taken 22")),
+        "{}",
+        tags()
+    );
 }

@@ -57,6 +57,10 @@ impl Service for InProcess {
             })
         })
     }
+
+    fn discards(&self) -> bool {
+        true
+    }
 }
 
 fn inline_read(sheep: &Arc<Sheep>, request: &Request) -> Option<sheepdog_client::Reply> {

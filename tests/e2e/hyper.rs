@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sheepdog_proto::btree::{BTREE_NODE_LEN, BtreeNode, InnerEntry, LeafEntry, MAX_LEAF_ENTRIES};
 use sheepdog_proto::header::VdiRequest;
@@ -207,10 +207,94 @@ fn sixteen_petabytes_with_snapshots_clones_and_locks() {
     cluster.dog(&["vdi", "delete", "big"]).ok();
     must_io(&copy, &[old[0], old[1], old[3], &format!("read -P 21 {} 4M", 400_000 * BLOCK)]);
     let data_of = |vid: VdiId, idx: u64| Oid::data(vid, idx as u32);
-    assert!(cluster.holders(data_of(working, 800_000)).is_empty(), "a block that only the working VDI had");
-    assert!(cluster.holders(data_of(vid, 400_000)).is_empty(), "the clone has its own");
+    wait("a block that only the working VDI had to go", || {
+        cluster.holders(data_of(working, 800_000)).is_empty()
+    });
+    wait("a block that the clone has its own of to go", || cluster.holders(data_of(vid, 400_000)).is_empty());
     assert_eq!(cluster.holders(data_of(vid, 400_001)), [0, 1, 2], "the clone names it");
     cluster.dog(&["vdi", "delete", "copy"]).ok();
+    wait_only_inodes(&cluster);
+}
+
+/// Whatever the index was like when a write was told to be there, it stays.
+#[test]
+fn snapshots_while_many_writes_are_in_flight_lose_none() {
+    const ROUNDS: u64 = 12;
+    const DEPTH: u64 = 32;
+    let mut cluster = cluster();
+    cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
+    let mut client = cluster.client();
+    let vid = client.lookup("big", "", 0).expect("it exists");
+    fill_index(&mut client, vid);
+    let image = uri(&cluster, 0, "big");
+    must_io(
+        &image,
+        &[1u64, 5, 600_000].map(|idx| format!("write {} 4k", idx * BLOCK)).each_ref().map(|c| &c[..]),
+    );
+    assert!(leaves(&mut client, vid).len() >= 2, "the index has several nodes");
+
+    // Every write makes a block, in one node of the index or the other, or behind all that there are.
+    let place =
+        |round: u64, nr: u64| ([1_000, 300_000, 610_000][nr as usize % 3] + round * DEPTH + nr) * BLOCK;
+    let pattern = |round: u64, nr: u64| 1 + (round * 7 + nr) % 250;
+    for round in 0..ROUNDS {
+        let write = |nr| format!("aio_write -P {} {} 64k", pattern(round, nr), place(round, nr));
+        let commands: Vec<String> = (0..DEPTH).map(write).chain(["aio_flush".to_owned()]).collect();
+        let tag = format!("s{round}");
+        std::thread::scope(|scope| {
+            scope.spawn(|| cluster.dog_at(1, &["vdi", "snapshot", "-y", "big", "-s", &tag], &[]).ok());
+            must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+        });
+    }
+    assert_ne!(client.lookup("big", "", 0), Ok(vid));
+    for round in 0..ROUNDS {
+        let reads: Vec<String> =
+            (0..DEPTH).map(|nr| format!("read -P {} {} 64k", pattern(round, nr), place(round, nr))).collect();
+        must_io(&uri(&cluster, 2, "big"), &reads.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+}
+
+/// A hypervolume of so many blocks, not open.
+fn filled(cluster: &mut Cluster, blocks: usize) {
+    cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
+    let image = uri(cluster, 0, "big");
+    for first in (0..blocks).step_by(100) {
+        let write = |idx| format!("aio_write -P 1 {} 4k", idx as u64 * BLOCK);
+        let commands: Vec<String> = (first..first + 100).map(write).chain(["aio_flush".to_owned()]).collect();
+        must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    wait("the lock to be released", || cluster.dog(&["vdi", "lock", "list"]).ok().lines().count() == 1);
+    assert_eq!(data_objects(cluster), blocks);
+}
+
+fn data_objects(cluster: &Cluster) -> usize {
+    cluster.objects_of(1).keys().filter(|oid| oid.is_data()).count()
+}
+
+/// The whole cluster waits for a deletion: it does not wait for the blocks.
+#[test]
+fn a_deletion_is_answered_before_the_blocks_are_gone() {
+    let mut cluster = cluster();
+    filled(&mut cluster, 600);
+    let begun = Instant::now();
+    cluster.dog(&["vdi", "delete", "big"]).ok();
+    let (answered, left) = (begun.elapsed(), data_objects(&cluster));
+    eprintln!("answered after {answered:?}, {left} blocks left");
+    assert!(left > 0 || answered < Duration::from_secs(1), "{answered:?}");
+    assert!(cluster.dog(&["vdi", "list", "-r"]).ok().is_empty());
+    wait_only_inodes(&cluster);
+    eprintln!("all blocks gone after {:?}", begun.elapsed());
+}
+
+#[test]
+fn blocks_go_although_the_node_that_deleted_them_died() {
+    let mut cluster = cluster();
+    filled(&mut cluster, 600);
+    cluster.dog(&["vdi", "delete", "big"]).ok();
+    cluster.kill9(0);
+    eprintln!("{} blocks left", data_objects(&cluster));
+    cluster.start(0);
+    cluster.wait_recovered();
     wait_only_inodes(&cluster);
 }
 

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use sheepdog_proto::ClusterFlags;
+use sheepdog_proto::header::{ObjRequest, VdiRequest};
+use sheepdog_proto::inode::{self, GREF_OFFSET, table_offset};
+use sheepdog_proto::{ClusterFlags, Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::binaries::{qemu_sheepdog, system};
 use sheepdog_testkit::{Builder, Cluster, Output, in_own_network, wait, wait_for};
 
@@ -222,6 +224,58 @@ fn a_vdi_is_reached_over_tcp() {
     io(&target, &["write -P 1 3M 2M", "read -P 1 3M 2M", "read -P 0 0 3M"]);
     target.remove_unit();
     assert_eq!(locks(&mut cluster), 0, "the unit's lock is given back");
+}
+
+/// The guide's `...:vdi:tag` and `...:vdi:snapid` are refused by tgt 1.0.85 itself ("unexpected token"; 01, 17: only current
+/// VDIs). What a tgt that knows them sends is served: the snapshot's contents, read-only.
+#[test]
+fn snapshots_are_served_as_targets_ask_for_them() {
+    let mut cluster = cluster();
+    cluster.dog(&["vdi", "create", "tgt0", "16M"]).ok();
+    for (byte, tag) in [(b'a', Some("first")), (b'b', Some("second")), (b'c', None)] {
+        cluster.dog_at(0, &["vdi", "write", "tgt0", "4M", "2M"], &vec![byte; 2 << 20]).ok();
+        if let Some(tag) = tag {
+            cluster.dog(&["vdi", "snapshot", "tgt0", "-s", tag]).ok();
+        }
+    }
+    let target = Target::start(&cluster, 0, "sheepdog", &unix(&cluster, 0, "tgt0"));
+    let port = cluster.nodes[1].port;
+    for store in
+        [unix(&cluster, 1, "tgt0:first"), unix(&cluster, 1, "tgt0:1"), format!("tcp:127.0.0.1:{port}:tgt0:1")]
+    {
+        let unit =
+            ["--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "2", "--bstype", "sheepdog"];
+        let refused = target.admin(&[&unit[..], &["--backing-store", &store]].concat());
+        assert_ne!(refused.code, 0, "{store}: this tgt opens snapshots, let it");
+    }
+    io(&target, &["read -P 99 4M 2M"]);
+
+    let mut client = cluster.nodes[1].client();
+    for (tag, snapid, byte) in [("first", 0, b'a'), ("second", 0, b'b'), ("", 1, b'a'), ("", 2, b'b')] {
+        let body = VdiRequest { lock_type: 1, snapid, ..VdiRequest::zeroed() };
+        let locked = client.vdi_op(Opcode::LOCK_VDI, "tgt0", Some(tag), body);
+        assert_eq!(locked.result, ResultCode::SUCCESS, "{tag} {snapid}");
+        let vid = locked.vdi().vdi_id;
+        assert_eq!(client.lookup("tgt0", tag, snapid), Ok(vid));
+        let mut call = |opcode: Opcode, oid: Oid, offset: usize, length: usize, payload: &[u8]| {
+            let body = ObjRequest { oid, offset: offset as u32, ..ObjRequest::zeroed() };
+            let request = Request::new(opcode).flag(Flags::TGT).length(length).with_obj(body);
+            let request = if payload.is_empty() { request } else { request.flag(Flags::WRITE) };
+            client.must(request, payload)
+        };
+        let (refreshed, inode) = call(Opcode::READ_OBJ, Oid::inode(vid), 0, GREF_OFFSET, &[]);
+        assert_eq!(refreshed.result, ResultCode::SUCCESS);
+        assert_ne!(inode[520..528], [0; 8], "a snapshot");
+        let owner = inode::table(&inode[table_offset(1) as usize..][..4])[0].get();
+        let data = Oid::data(VdiId::new(owner), 1);
+        let (read, bytes) = call(Opcode::READ_OBJ, data, 0, 2 << 20, &[]);
+        assert!(read.result.is_ok() && bytes.iter().all(|b| *b == byte), "{tag} {snapid}");
+        assert_eq!(call(Opcode::WRITE_OBJ, data, 0, 512, &[1; 512]).0.result, ResultCode::READONLY);
+        let body = VdiRequest { lock_type: 1, base_vdi_id: vid, ..VdiRequest::zeroed() };
+        assert!(client.must(Request::new(Opcode::RELEASE_VDI).with_vdi(body), &[]).0.result.is_ok());
+    }
+    target.remove_unit();
+    assert_eq!(locks(&mut cluster), 0);
 }
 
 /// Multipath: each target sees what the other wrote, whoever created the blocks (01, 17.2).

@@ -293,6 +293,25 @@ fn discarding_goes_through_the_reference_count_and_not_into_snapshots() {
     assert_eq!(discard(&mut client, Oid::data(working, 0)), ResultCode::SUCCESS);
     assert_eq!(Vdi::open(&mut client, working).expect("open").table, [0; 4]);
     assert_eq!(vdi.read(&mut client, 0, 4096).expect("the snapshot's data"), [1; 4096]);
+
+    // Several blocks at once, as the daemon's own volumes ask for.
+    let mut vdi = Vdi::open(&mut client, working).expect("open");
+    for block in 1..4 {
+        vdi.write(&mut client, block * BLOCK, &[3; 4096]).expect("write");
+    }
+    let many = |client: &mut Client, oid, entries: &[u8]| {
+        let body = ObjRequest { oid, ..ObjRequest::zeroed() };
+        let request = Request::new(Opcode::DISCARD_OBJ).flag(Flags::WRITE).length(entries.len());
+        client.must(request.with_obj(body), entries).0.result
+    };
+    let middle = Oid::data(working, 1);
+    assert_eq!(many(&mut client, middle, &[0; 6]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, middle, &[0, 0, 0, 0, 1, 0, 0, 0]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, Oid::data(working, (1 << 20) - 1), &[0; 8]), ResultCode::INVALID_PARMS);
+    assert_eq!(many(&mut client, Oid::data(vid, 0), &[0; 8]), ResultCode::READONLY);
+    assert_eq!(many(&mut client, middle, &[0; 8]), ResultCode::SUCCESS);
+    assert_eq!(Vdi::open(&mut client, working).expect("open").table, [0, 0, 0, working.get()]);
+    wait("the objects to be gone", || (1..3).all(|idx| cluster.holders(Oid::data(working, idx)).is_empty()));
 }
 
 fn attribute_header(name: &str, key: &str) -> AttrHeader {
@@ -328,8 +347,29 @@ fn attributes_are_created_read_replaced_and_deleted() {
     assert_eq!(call(&mut client, Flags::ATTR_DEL, "k", b"").0, ResultCode::SUCCESS);
     assert_eq!(call(&mut client, Flags::NONE, "k", b"").0, ResultCode::NO_OBJ);
     assert_eq!(call(&mut client, Flags::ATTR_DEL, "k", b"").0, ResultCode::NO_OBJ);
+    // The snapshot that is looked up and the one that is recorded must be the same.
+    let body = VdiRequest { snapid: 1, ..VdiRequest::zeroed() };
+    let other =
+        Request::new(Opcode::GET_VDI_ATTR).flag(Flags::WRITE.with(Flags::ATTR_CREAT)).length(ATTR_LEN);
+    let response = client.must(other.with_vdi(body), &attribute("test", "k", b"four")).0;
+    assert_eq!(response.result, ResultCode::INVALID_PARMS);
     let short = Request::new(Opcode::GET_VDI_ATTR).flag(Flags::WRITE).length(100);
     assert_eq!(client.must(short, &[0; 100]).0.result, ResultCode::INVALID_PARMS);
+}
+
+/// 05, 29 rule 8: a savevm that died before it wrote the size has left memory.
+#[test]
+fn saved_memory_goes_with_its_vdi_whatever_its_size_says() {
+    let mut cluster = Cluster::new(3);
+    let mut client = cluster.client();
+    let vid = client.create_vdi("vm", 4 << 20).expect("create");
+    let memory = |index| Oid::vmstate(vid, index);
+    for index in 0..5 {
+        assert!(client.create_obj(memory(index), None, 0, &[1; 512]).expect("create").is_ok());
+    }
+    assert_eq!(cluster.holders(memory(4)), [0, 1, 2]);
+    assert!(delete(&mut client, "vm", None).is_ok());
+    assert!((0..5).all(|index| cluster.holders(memory(index)).is_empty()));
 }
 
 /// Two keys whose ids, 32-bit hashes, are the same.

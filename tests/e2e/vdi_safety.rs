@@ -593,6 +593,13 @@ fn redundancy_that_cannot_be_is_refused() {
     let coded = VdiStateRequest { copy_policy: 0x21, copies: 3, ..good };
     let request = Request::new(Opcode::ALTER_VDI_COPY).with_vdi_state(coded);
     assert_eq!(client.must(request, &[]).0.result, ResultCode::INVALID_PARMS);
+    let unknown = VdiStateRequest { new_vid: VdiId::new(vid.get() + 1), ..good };
+    let request = Request::new(Opcode::ALTER_VDI_COPY).with_vdi_state(unknown);
+    assert_eq!(client.must(request, &[]).0.result, ResultCode::NO_VDI);
+    cluster.dog(&["vdi", "create", "coded", "4M", "-c", "2:1"]).ok();
+    let new_vid = client.lookup("coded", "", 0).expect("it exists");
+    let request = Request::new(Opcode::ALTER_VDI_COPY).with_vdi_state(VdiStateRequest { new_vid, ..good });
+    assert_eq!(client.must(request, &[]).0.result, ResultCode::INVALID_PARMS);
     let state = states(&mut client).into_iter().find(|s| s.vid == vid).expect("known");
     assert_eq!((state.nr_copies, state.copy_policy, state.block_size_shift), (3, 0, 22));
     let oid = Oid::data(vid, 0);

@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use sheepdog_proto::btree::{BTREE_NODE_LEN, BtreeNode};
 use sheepdog_proto::header::{ClusterDefaultResponse, VdiResponse};
 use sheepdog_proto::inode::{
     GREF_OFFSET, INODE_HEADER_LEN, InodeHeader, STORE_POLICY_BTREE, TABLE_OFFSET, is_table_update, table,
 };
 use sheepdog_proto::{
-    Flags, MAX_NAME_LEN, Oid, Opcode, Request, Response, ResultCode, VDI_BITMAP_LEN, VdiId, Wire, cstr, hash,
+    Flags, MAX_NAME_LEN, ObjectKind, Oid, Opcode, Request, Response, ResultCode, VDI_BITMAP_LEN, VdiId, Wire,
+    cstr, hash,
 };
 
 use crate::frame::{Stream, split};
@@ -73,6 +75,8 @@ pub struct FakeSheep {
     locks: bool,
     /// FLUSH_VDI is answered SUCCESS.
     write_back: bool,
+    /// DISCARD_OBJ spares snapshots.
+    discards: bool,
     delays: AtomicU64,
     seed: AtomicU64,
     in_flight: AtomicUsize,
@@ -93,6 +97,12 @@ impl FakeSheep {
     /// Answers flushes as a sheep that buffers.
     pub fn with_write_back(mut self) -> FakeSheep {
         self.write_back = true;
+        self
+    }
+
+    /// A sheep whose discards can be relied on.
+    pub fn with_discards(mut self) -> FakeSheep {
+        self.discards = true;
         self
     }
 
@@ -167,6 +177,7 @@ impl FakeSheep {
             Opcode::REMOVE_OBJ => {
                 state.objects.remove(&request.obj().oid).map(|_| Bytes::new()).ok_or(ResultCode::NO_OBJ)
             }
+            Opcode::DISCARD_OBJ if self.discards => state.discard(request, payload),
             Opcode::FLUSH_VDI if self.write_back => Ok(Bytes::new()),
             Opcode::READ_VDIS => Ok(state.bitmap(|_| true)),
             Opcode::READ_DEL_VDIS => Ok(state.bitmap(InodeHeader::is_deleted)),
@@ -270,10 +281,21 @@ impl State {
         {
             return Err(ResultCode::INVALID_PARMS);
         }
-        if body.oid.is_data() && self.is_snapshot(body.oid.vid()) {
+        let oid = body.oid;
+        let root = oid.is_inode() && body.offset == 0 && self.is_hypervolume(oid.vid());
+        let follows = oid.is_data() || oid.kind() == ObjectKind::Btree || root;
+        if follows && self.is_snapshot(oid.vid()) {
             return Err(ResultCode::READONLY);
         }
         Ok(())
+    }
+
+    fn discard(&mut self, request: &Request, payload: &[u8]) -> Result<Bytes, ResultCode> {
+        let oid = request.obj().oid;
+        if self.is_snapshot(oid.vid()) {
+            return Err(ResultCode::READONLY);
+        }
+        self.update_table(Oid::inode(oid.vid()), TABLE_OFFSET + 4 * oid.index() as usize, payload)
     }
 
     fn create(&mut self, request: &Request, payload: &[u8]) -> Result<Bytes, ResultCode> {
@@ -392,6 +414,9 @@ impl State {
         } else if body.store_policy == STORE_POLICY_BTREE {
             inode.write(TABLE_OFFSET, &[0x74, 0x62, 1, 0, 0, 0, 0, 0]);
         }
+        if header.store_policy == STORE_POLICY_BTREE {
+            header.btree_counter = self.copy_leaves(&mut inode, vid);
+        }
         inode.write(0, &header.to_bytes());
         self.objects.insert(Oid::inode(vid), inode);
         self.used.insert(vid.get(), header);
@@ -399,7 +424,28 @@ impl State {
     }
 }
 
+impl State {
+    /// Gives an index copied from another VDI leaves of its own. How many it has.
+    fn copy_leaves(&mut self, inode: &mut Object, vid: VdiId) -> u32 {
+        let root = inode.read(TABLE_OFFSET, BTREE_NODE_LEN);
+        let BtreeNode::Inner(mut entries) = BtreeNode::decode(&root) else { return 0 };
+        for (number, entry) in (0..).zip(&mut entries) {
+            let copy = Oid::btree(vid, number);
+            let leaf = self.objects.get(&entry.oid).cloned().unwrap_or_default();
+            self.objects.insert(copy, leaf);
+            entry.oid = copy;
+        }
+        let leaves = entries.len() as u32;
+        inode.write(TABLE_OFFSET, &BtreeNode::Inner(entries).encode());
+        leaves
+    }
+}
+
 impl Service for FakeSheep {
+    fn discards(&self) -> bool {
+        self.discards
+    }
+
     fn call(&self, mut request: Request, payload: Bytes) -> CallFuture<'_> {
         if request.flags.contains(Flags::WRITE) {
             request.data_length = payload.len() as u32;

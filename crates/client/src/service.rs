@@ -70,4 +70,10 @@ pub trait Service: Send + Sync {
     /// answer. Any number of calls may be in flight; they are answered in any order. Error results are answers, not
     /// errors.
     fn call(&self, request: Request, payload: Bytes) -> CallFuture<'_>;
+
+    /// Whether DISCARD_OBJ is refused for snapshots and gives back as many adjacent blocks as its payload has entries.
+    /// The original's destroys what snapshots name (spec 01, 7.6).
+    fn discards(&self) -> bool {
+        false
+    }
 }

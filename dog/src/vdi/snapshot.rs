@@ -42,8 +42,9 @@ pub async fn run(context: &Context) -> Outcome {
     let new = match new_vdi(&context.session, name, body).await {
         Ok(vid) => vid,
         Err(stop) => {
-            // The working VDI must not keep the tag of a snapshot that was not taken.
-            let _ = write_tag(context, &inode, inode.header.tag()).await;
+            if stop == FAILURE {
+                undo_tag(context, &inode).await;
+            }
             return Err(stop);
         }
     };
@@ -54,6 +55,17 @@ pub async fn run(context: &Context) -> Outcome {
         out!("new VID of original VDI: {new}, VDI ID of newly created snapshot: {old}\n");
     }
     Ok(())
+}
+
+/// The working VDI must not keep the tag of a snapshot that was refused. One that was taken keeps it: then the inode
+/// says so, or there was no answer.
+async fn undo_tag(context: &Context, inode: &Inode) {
+    let name = inode.header.name();
+    if let Ok(now) = read_named(&context.session, inode.vid(), name, None, Part::Header).await
+        && !now.header.is_snapshot()
+    {
+        let _ = write_tag(context, inode, inode.header.tag()).await; // the refusal is what is reported
+    }
 }
 
 /// The working VDI, after making sure that the tag is free.

@@ -52,6 +52,10 @@ pub struct State {
     clock: u64,
     /// Answers to GET_HASH are held back until so many requests wait on their connection.
     pub hashes_together: usize,
+    /// The next request of this kind is executed and its answer lost with the connection.
+    pub lose_answer: Option<Opcode>,
+    /// Requests of this kind are refused.
+    pub refuse: Option<(Opcode, ResultCode)>,
     /// Everything received.
     pub log: Vec<Recorded>,
 }
@@ -84,6 +88,8 @@ impl FakeCluster {
             throttle: RecoveryThrottling::default(),
             clock: 1_704_189_141,
             hashes_together: 1,
+            lose_answer: None,
+            refuse: None,
             log: Vec::new(),
         };
         let state = Arc::new(Mutex::new(state));
@@ -137,6 +143,10 @@ fn serve(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
         }
         let mut state = state.lock().unwrap();
         let (response, data) = state.answer(port, &request, payload);
+        if state.lose_answer == Some(request.opcode) {
+            state.lose_answer = None;
+            return;
+        }
         answers.extend([&response.to_bytes()[..], &data].concat());
         waiting += 1;
         if request.opcode == Opcode::GET_HASH && waiting < state.hashes_together {
@@ -211,6 +221,11 @@ impl State {
         let mut response = Response::to(request, ResultCode::SUCCESS);
         let body = request.obj();
         let mut data = Vec::new();
+        if let Some((opcode, code)) = self.refuse
+            && opcode == request.opcode
+        {
+            return Err(code);
+        }
         match request.opcode {
             Opcode::STAT_SHEEP => {
                 let space =

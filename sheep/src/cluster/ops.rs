@@ -376,6 +376,12 @@ pub fn alter_vdi_copy<'a>(
         if body.copy_policy != 0 || !valid_redundancy(body.copies, body.block_size_shift) {
             return ResultCode::INVALID_PARMS;
         }
+        match task.sheep.vdis.get(body.new_vid) {
+            Some(vdi) if vdi.copy_policy != 0 => return ResultCode::INVALID_PARMS,
+            // A node whose table is on its way gets the entry with it.
+            None if task.sheep.tables_are_here() => return ResultCode::NO_VDI,
+            Some(_) | None => {}
+        }
         task.sheep.vdis.alter_copies(body.new_vid, body.copies, body.block_size_shift);
         let actions = task.state.same_epoch_round();
         apply(task, Ok(actions)).await

@@ -184,26 +184,30 @@ pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId, flags: Flags) 
     store.create(replica, size, 0, reply.data).await.map_err(|e| crate::faults::peer_result(sheep, &e))
 }
 
-/// DISCARD_OBJ: gives a block back through the reference count; snapshots are read-only.
-pub fn discard<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
+/// DISCARD_OBJ: gives a block back through the reference count; snapshots are read-only. Our own clients send as many
+/// entries, zeros, as there are adjacent blocks to give back.
+pub fn discard<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
-        let outcome = discard_block(sheep, request.obj().oid).await;
+        let entries = if payload.is_empty() { sheepdog_buffer::zeros(4) } else { payload };
+        let outcome = discard_blocks(sheep, request.obj().oid, entries).await;
         result(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
     })
 }
 
-async fn discard_block(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
-    if !oid.is_data() || oid.index() as usize >= sheepdog_proto::MAX_DATA_OBJS {
+async fn discard_blocks(sheep: &Arc<Sheep>, first: Oid, entries: Bytes) -> Result<(), ResultCode> {
+    let end = first.index() as usize + entries.len() / 4;
+    let zeros = entries.len().is_multiple_of(4) && sheepdog_buffer::is_zero(&entries);
+    if !first.is_data() || !zeros || end > sheepdog_proto::MAX_DATA_OBJS {
         return Err(ResultCode::INVALID_PARMS);
     }
-    let vid = oid.vid();
+    let vid = first.vid();
     if sheep.redundancy(vid, &sheep.views.load()).snapshot {
         return Err(ResultCode::READONLY);
     }
     if map::is_btree(sheep, vid).await? {
         return Err(ResultCode::NO_SUPPORT);
     }
-    map::update(sheep, vid, table_offset(oid.index()), sheepdog_buffer::zeros(4), map::By::Discard).await
+    map::update(sheep, vid, table_offset(first.index()), entries, map::By::Discard).await
 }
 
 /// FLUSH_VDI. In the default mode every acknowledged write is durable and clients need not ask: `INVALID_PARMS` tells

@@ -26,6 +26,9 @@ pub async fn get_vdi_attr(
         return (ResultCode::INVALID_PARMS, VdiResponse::zeroed());
     }
     let wanted = AttrHeader::get(payload);
+    if request.vdi().snapid != wanted.snap_id {
+        return (ResultCode::INVALID_PARMS, VdiResponse::zeroed());
+    }
     let record = match stamped(sheep, request, &wanted, payload).await {
         Ok(record) => record,
         Err(code) => return (code, VdiResponse::zeroed()),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::StreamExt;
 use sheepdog_proto::header::RefRequest;
 use sheepdog_proto::ledger::{LEDGER_LEN, Ledger};
 use sheepdog_proto::{Oid, ResultCode};
@@ -15,6 +16,9 @@ use crate::sheep::Sheep;
 const QUEUE: usize = 64 << 10;
 /// Drops in progress at once; one whose ledgers disagree waits for seconds.
 const WORKERS: usize = 16;
+
+/// Objects of deleted hypervolumes that are removed at once.
+const REMOVALS: usize = 16;
 
 /// A reference that a table entry held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,18 +52,20 @@ pub struct Reclaim {
     queue: mpsc::Sender<Pending>,
     /// Updates of this node's ledgers, one at a time for each.
     ledgers: Order,
+    /// Held while what deleted hypervolumes left is removed, one after the other.
+    removing: Mutex<()>,
 }
 
 impl Reclaim {
     /// The queue and its receiving end, for [`run`].
     pub fn new() -> (Reclaim, mpsc::Receiver<Pending>) {
         let (queue, receiver) = mpsc::channel(QUEUE);
-        (Reclaim { queue, ledgers: Order::default() }, receiver)
+        (Reclaim { queue, ledgers: Order::default(), removing: Mutex::default() }, receiver)
     }
 
-    /// Whether no reference waits to be dropped.
+    /// Whether no reference waits to be dropped and nothing to be removed.
     pub fn is_idle(&self) -> bool {
-        self.queue.capacity() == self.queue.max_capacity()
+        self.queue.capacity() == self.queue.max_capacity() && self.removing.try_lock().is_ok()
     }
 
     /// Adds a reference; waits while the queue is full.
@@ -100,6 +106,31 @@ pub async fn drop_reference(sheep: &Arc<Sheep>, pending: Pending) {
         Ok(()) | Err(ResultCode::NO_OBJ) => {}
         Err(code) => tracing::error!("{}: reference was not dropped: {code}", reference.data),
     }
+}
+
+/// As [`remove_all`], in the background. What is not removed when this node ends goes with the VDI's family
+/// ([`super::orphans`]).
+pub fn remove_later(sheep: &Arc<Sheep>, oids: impl Iterator<Item = Oid> + Send + 'static) {
+    let sheep = sheep.clone();
+    tokio::spawn(async move {
+        let _alone = sheep.gateway.reclaim.removing.lock().await;
+        remove_all(&sheep, oids).await;
+    });
+}
+
+/// Removes objects that nobody names and nobody counts.
+pub async fn remove_all(sheep: &Arc<Sheep>, oids: impl Iterator<Item = Oid> + Send) {
+    let ctime = sheep.views.load().ctime;
+    // A format begins a cluster in which the same names may mean other objects.
+    let oids = oids.take_while(|_| sheep.views.load().ctime == ctime);
+    futures_util::stream::iter(oids)
+        .for_each_concurrent(REMOVALS, |oid| async move {
+            match sheep.gateway.remove_object(sheep, oid).await {
+                Ok(()) | Err(ResultCode::NO_OBJ) => {}
+                Err(code) => tracing::error!("{oid}: was not removed: {code}"),
+            }
+        })
+        .await;
 }
 
 /// A reference that was never copied is the only one; a ledger says otherwise, and then nothing is removed.

@@ -1,12 +1,14 @@
-//! Hypervolumes as VDI operations see them: copying an index for a snapshot or clone, and freeing blocks of a deleted
-//! one (spec 01, 13; spec 05, 22).
+//! Hypervolumes as VDI operations see them: copying an index for a snapshot or clone, and telling which blocks a deletion
+//! frees (spec 01, 13; spec 05, 22).
 //!
 //! Nobody counts references to their blocks. A block goes when the last VDI whose index names it is deleted: those of
 //! the same family are looked through. That is exact, because only a derivation adds references to blocks of others, and
-//! derivations and deletions exclude each other in the whole cluster. A block that was overwritten in a VDI after its
+//! derivations and deletions exclude each other in the whole cluster. What nobody names then, nobody will ever name
+//! again: it may be removed at any time. A block that was overwritten in a VDI after its
 //! owner was deleted has nobody to find it; it goes with the last VDI of the family ([`super::orphans`]).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -17,6 +19,7 @@ use sheepdog_proto::{Oid, ResultCode, VdiId};
 
 use super::objects::{Inode, read_lookup_header};
 use super::orphans::families;
+use crate::gateway::hold::{Held, hold};
 use crate::sheep::Sheep;
 
 /// Inodes looked at at once.
@@ -108,71 +111,119 @@ impl Cursor {
     }
 }
 
-/// Hypervolumes that may share blocks with `vid` and are not deleted.
-async fn relatives(sheep: &Arc<Sheep>, vid: VdiId) -> Result<Vec<Cursor>, ResultCode> {
-    let mut links: Vec<(VdiId, VdiId)> = sheep.vdis.parents().into_iter().collect();
-    let deleted = sheep.vdis.deleted_vids();
-    let living: Vec<VdiId> = links.iter().map(|(v, _)| *v).filter(|v| !deleted.contains(v)).collect();
-    let headers = futures_util::stream::iter(living)
-        .map(|other| async move { (other, read_lookup_header(sheep, other).await) })
-        .buffer_unordered(PARALLEL);
-    tokio::pin!(headers);
-    let mut hyper = BTreeSet::new();
-    while let Some((other, header)) = headers.next().await {
-        match header {
-            Ok(header) if header.is_deleted() || header.store_policy != STORE_POLICY_BTREE => {}
-            Ok(header) => {
-                // The table's parents differ from those of the inodes after a live rollback.
-                links.push((other, header.parent_vdi_id));
-                hyper.insert(other);
+/// The indexes of hypervolumes that may share blocks with a deleted one, and what keeps them as they are.
+#[derive(Default)]
+struct Relatives {
+    cursors: Vec<Cursor>,
+    _held: Vec<Held>,
+}
+
+impl Relatives {
+    /// Those of `vid` that are not deleted.
+    async fn of(sheep: &Arc<Sheep>, vid: VdiId) -> Result<Relatives, ResultCode> {
+        let mut links: Vec<(VdiId, VdiId)> = sheep.vdis.parents().into_iter().collect();
+        let deleted = sheep.vdis.deleted_vids();
+        let living: Vec<VdiId> = links.iter().map(|(v, _)| *v).filter(|v| !deleted.contains(v)).collect();
+        let headers = futures_util::stream::iter(living)
+            .map(|other| async move { (other, read_lookup_header(sheep, other).await) })
+            .buffer_unordered(PARALLEL);
+        tokio::pin!(headers);
+        let mut hyper = BTreeMap::new();
+        while let Some((other, header)) = headers.next().await {
+            match header {
+                Ok(header) if header.is_deleted() || header.store_policy != STORE_POLICY_BTREE => {}
+                Ok(header) => {
+                    // The table's parents differ from those of the inodes after a live rollback.
+                    links.push((other, header.parent_vdi_id));
+                    hyper.insert(other, header.is_snapshot());
+                }
+                Err(ResultCode::NO_OBJ) => {}
+                Err(code) => return Err(code),
             }
-            Err(ResultCode::NO_OBJ) => {}
-            Err(code) => return Err(code),
+        }
+        hyper.remove(&vid);
+        let family = families(&links).into_iter().find(|f| f.contains(&vid)).unwrap_or_default();
+        let mut relatives = Relatives::default();
+        for (other, is_snapshot) in family.into_iter().filter_map(|v| hyper.get_key_value(&v)) {
+            if !is_snapshot {
+                // A writer that splits a node moves entries from one that was not read yet to one that was.
+                relatives._held.push(hold(sheep, *other).await?);
+            }
+            relatives.cursors.push(Cursor::open(sheep, *other).await?);
+        }
+        Ok(relatives)
+    }
+
+    /// Whether one of them names the block of `entry`, which is not below any asked for before.
+    async fn name(&mut self, sheep: &Arc<Sheep>, entry: &LeafEntry) -> Result<bool, ResultCode> {
+        for cursor in &mut self.cursors {
+            if cursor.owner(sheep, entry.idx).await? == entry.vdi_id {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Blocks of one owner with adjacent indexes.
+struct Run {
+    owner: VdiId,
+    indexes: RangeInclusive<u32>,
+}
+
+/// What a deleted hypervolume leaves and nobody else names: blocks, and the nodes of its index.
+#[derive(Default)]
+pub struct Freed {
+    blocks: Vec<Run>,
+    nodes: Vec<Oid>,
+}
+
+impl Freed {
+    fn add_block(&mut self, owner: VdiId, idx: u32) {
+        match self.blocks.last_mut() {
+            Some(run) if run.owner == owner && run.indexes.end().checked_add(1) == Some(idx) => {
+                run.indexes = *run.indexes.start()..=idx;
+            }
+            _ => self.blocks.push(Run { owner, indexes: idx..=idx }),
         }
     }
-    hyper.remove(&vid);
-    let family = families(&links).into_iter().find(|f| f.contains(&vid)).unwrap_or_default();
-    let mut cursors = Vec::new();
-    for other in family.into_iter().filter(|v| hyper.contains(v)) {
-        cursors.push(Cursor::open(sheep, other).await?);
+
+    /// The objects, nodes last.
+    pub fn oids(self) -> impl Iterator<Item = Oid> {
+        let blocks = self.blocks.into_iter();
+        blocks.flat_map(|run| run.indexes.map(move |idx| Oid::data(run.owner, idx))).chain(self.nodes)
     }
-    Ok(cursors)
 }
 
-fn absent_is_fine(result: Result<(), ResultCode>) -> Result<(), ResultCode> {
-    if result == Err(ResultCode::NO_OBJ) { Ok(()) } else { result }
+/// What nobody will name when `vid` is gone. Blocks of relatives must not change hands until then: only in the work part
+/// of a VDI operation.
+pub async fn freed_by(sheep: &Arc<Sheep>, vid: VdiId) -> Result<Freed, ResultCode> {
+    let mut relatives = Relatives::of(sheep, vid).await?;
+    let mut freed = Freed::default();
+    match read_root(sheep, vid).await? {
+        BtreeNode::Leaf(entries) => free(sheep, &entries, &mut relatives, &mut freed).await?,
+        BtreeNode::Inner(leaves) => {
+            for leaf in leaves {
+                let entries = read_leaf(sheep, leaf.oid).await?;
+                free(sheep, &entries, &mut relatives, &mut freed).await?;
+                if leaf.oid.vid() == vid {
+                    freed.nodes.push(leaf.oid);
+                }
+            }
+        }
+    }
+    Ok(freed)
 }
 
-/// Frees the blocks that only the index of `vid` names, and the index.
-pub async fn free_blocks(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
-    let mut relatives = relatives(sheep, vid).await?;
-    let leaves = match read_root(sheep, vid).await? {
-        BtreeNode::Leaf(entries) => return free(sheep, &entries, &mut relatives).await,
-        BtreeNode::Inner(entries) => entries,
-    };
-    for leaf in &leaves {
-        let entries = read_leaf(sheep, leaf.oid).await?;
-        free(sheep, &entries, &mut relatives).await?;
-    }
-    // The index last: whoever begins again after a failure finds what is left.
-    for leaf in leaves.iter().filter(|leaf| leaf.oid.vid() == vid) {
-        absent_is_fine(sheep.gateway.remove_object(sheep, leaf.oid).await)?;
-    }
-    Ok(())
-}
-
-async fn free(sheep: &Arc<Sheep>, entries: &[LeafEntry], relatives: &mut [Cursor]) -> Result<(), ResultCode> {
+async fn free(
+    sheep: &Arc<Sheep>,
+    entries: &[LeafEntry],
+    relatives: &mut Relatives,
+    freed: &mut Freed,
+) -> Result<(), ResultCode> {
     for entry in entries.iter().filter(|e| e.vdi_id != 0) {
-        let mut shared = false;
-        for relative in relatives.iter_mut() {
-            if relative.owner(sheep, entry.idx).await? == entry.vdi_id {
-                shared = true;
-                break;
-            }
-        }
-        if !shared {
-            let oid = Oid::data(VdiId::new(entry.vdi_id), entry.idx);
-            absent_is_fine(sheep.gateway.remove_object(sheep, oid).await)?;
+        if !relatives.name(sheep, entry).await? {
+            freed.add_block(VdiId::new(entry.vdi_id), entry.idx);
         }
     }
     Ok(())
@@ -185,4 +236,20 @@ pub fn keep_header(old: &[u8], data: &Bytes, counter: std::ops::Range<usize>) ->
     let head = old.len().min(counter.start);
     bytes[..head].copy_from_slice(&old[..head]);
     bytes.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freed_blocks_are_kept_as_runs_up_to_the_last_index_there_is() {
+        let (a, b) = (VdiId::new(1), VdiId::new(2));
+        let blocks = [(a, 3), (a, 4), (b, 5), (b, u32::MAX - 1), (b, u32::MAX)];
+        let mut freed = Freed { nodes: vec![Oid::btree(b, 0)], ..Freed::default() };
+        blocks.iter().for_each(|(owner, idx)| freed.add_block(*owner, *idx));
+        assert_eq!(freed.blocks.len(), 3);
+        let want: Vec<Oid> = blocks.iter().map(|(owner, idx)| Oid::data(*owner, *idx)).collect();
+        assert_eq!(freed.oids().collect::<Vec<_>>(), [&want[..], &[Oid::btree(b, 0)]].concat());
+    }
 }

@@ -65,6 +65,8 @@ pub struct IndexTree {
     leaves: HashMap<Oid, Vec<LeafEntry>>,
     capacity: Capacity,
     dirty: Dirty,
+    /// How often the tree was replaced.
+    generation: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +104,18 @@ impl IndexTree {
             leaves: HashMap::new(),
             capacity,
             dirty: Dirty::default(),
+            generation: 0,
         }
+    }
+
+    /// Forgets everything in favour of another inode's index, or of what another writer made of this one.
+    pub fn replace(&mut self, new: IndexTree) {
+        *self = IndexTree { generation: self.generation + 1, ..new };
+    }
+
+    /// Changes with [`IndexTree::replace`] only.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// The number of the next leaf.

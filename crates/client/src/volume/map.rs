@@ -34,11 +34,11 @@ impl Map {
         }
     }
 
-    /// Replaces what is known by an inode just read.
+    /// Replaces what is known by an inode just read. Callers hold `moving`.
     pub(super) fn replace(&self, header: &InodeHeader, inode: &[u8]) {
         match (self, Map::new(header, inode)) {
             (Map::Flat(table), Map::Flat(new)) => *table.write() = new.into_inner(),
-            (Map::Tree(tree), Map::Tree(new)) => *tree.lock() = new.into_inner(),
+            (Map::Tree(tree), Map::Tree(new)) => tree.lock().replace(new.into_inner()),
             // The store policy of a VDI never changes.
             (Map::Flat(_), Map::Tree(_)) | (Map::Tree(_), Map::Flat(_)) => {}
         }
@@ -98,9 +98,14 @@ impl Inner {
         tree: &Mutex<IndexTree>,
         oid: sheepdog_proto::Oid,
     ) -> Result<(), VolumeError> {
+        let generation = tree.lock().generation();
         let bytes =
             vdi::read_object(&*self.service, oid, 0, BTREE_NODE_LEN).await.during("read of an index node")?;
-        tree.lock().load(oid, &bytes);
+        let mut tree = tree.lock();
+        // A leaf that was read before the index was is older than it.
+        if tree.generation() == generation {
+            tree.load(oid, &bytes);
+        }
         Ok(())
     }
 

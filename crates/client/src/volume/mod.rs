@@ -104,7 +104,8 @@ struct Inner {
     map: Map,
     locks: RangeLocks,
     updates: Mutex<Updates>,
-    /// One move to a new working VDI at a time.
+    /// Held while the table is replaced, one move to a new working VDI at a time, and while a batch of entries is
+    /// written: none of them may get lost with a table that is replaced.
     moving: tokio::sync::Mutex<()>,
     /// Writes may be buffered by the sheep: it has not refused a flush yet.
     cache: AtomicBool,

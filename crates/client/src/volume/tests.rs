@@ -3,6 +3,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use proptest::prelude::*;
+use sheepdog_proto::btree::{BtreeNode, InnerEntry, LeafEntry};
+use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::inode::{GREF_OFFSET, STORE_POLICY_BTREE, is_table_update};
 use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 
@@ -165,6 +167,10 @@ impl Service for SnapshotBefore {
             self.sheep.call(request, payload).await
         })
     }
+
+    fn discards(&self) -> bool {
+        self.sheep.discards()
+    }
 }
 
 fn is_update(request: &Request) -> bool {
@@ -201,6 +207,25 @@ async fn a_discard_after_an_unnoticed_snapshot_spares_the_snapshot() {
     volume.discard(0, BLOCK).await.unwrap();
     assert_eq!(volume.read(0, 512).await.unwrap(), [Segment::Hole(512)]);
     assert_eq!(open_snapshot(&sheep, "s").await.read_bytes(0, 512).await.unwrap(), filled(1, 512));
+}
+
+#[tokio::test]
+async fn a_snapshot_taken_during_a_discard_keeps_its_blocks() {
+    let sheep = Arc::new(FakeSheep::new().with_discards());
+    let old = volume_of(&sheep, 4 * BLOCK).await.vid();
+    let select = |request: &Request| request.opcode == Opcode::DISCARD_OBJ;
+    let service = Arc::new(SnapshotBefore { sheep: sheep.clone(), armed: AtomicBool::new(true), select });
+    let volume = Volume::open(service, "v", None, OpenOptions::default()).await.unwrap();
+    volume.write(0, filled(1, 2 * BLOCK as usize), false).await.unwrap();
+    sheep.take_log();
+    volume.discard(0, 2 * BLOCK).await.unwrap();
+    let discards = sheep.take_log().into_iter().filter(select).map(|r| (r.obj().oid, r.data_length));
+    let first = |vid| (Oid::data(vid, 0), 8);
+    assert_eq!(discards.collect::<Vec<_>>(), [first(old), first(volume.vid())], "both blocks at once");
+    assert_eq!(volume.read(0, 512).await.unwrap(), [Segment::Hole(512)]);
+    assert_eq!(stored_table(&sheep, volume.vid(), 2).await, [0, 0]);
+    let snapshot = open_snapshot(&sheep, "mid").await;
+    assert_eq!(snapshot.read_bytes(0, 2 * BLOCK as usize).await.unwrap(), filled(1, 2 * BLOCK as usize));
 }
 
 #[tokio::test]
@@ -370,8 +395,8 @@ async fn a_hypervolume_whose_root_overflows_gets_leaves() {
         NewVdi { size: 1 << 50, store_policy: STORE_POLICY_BTREE, block_size_shift: 22, ..NewVdi::default() };
     let vid = vdi::create(&*sheep, "v", &new).await.unwrap();
     // A root leaf that holds every second block.
-    let entries = (0..FULL).map(|i| sheepdog_proto::btree::LeafEntry { idx: 2 * i, vdi_id: vid.get() });
-    let root = sheepdog_proto::btree::BtreeNode::Leaf(entries.collect()).encode();
+    let entries = (0..FULL).map(|i| LeafEntry { idx: 2 * i, vdi_id: vid.get() });
+    let root = BtreeNode::Leaf(entries.collect()).encode();
     let header = vdi::read_header(&*sheep, vid).await.unwrap();
     let inode = [&header.to_bytes()[..], &root].concat();
     vdi::write_object(&*sheep, Oid::inode(vid), 0, inode.into()).await.unwrap();
@@ -391,6 +416,69 @@ async fn a_hypervolume_whose_root_overflows_gets_leaves() {
     assert_eq!(extents, [(3 * block, Extent::Own), (block, Extent::Hole)]);
     let last = 2 * (u64::from(FULL) - 1);
     assert_eq!(volume.extents(last * block, block).await.unwrap(), [(block, Extent::Own)]);
+}
+
+/// A hypervolume whose index has a leaf for each of `largest`, that is its largest index. All blocks are holes.
+async fn hypervolume_of_leaves(sheep: &FakeSheep, size: u64, largest: &[u32]) -> VdiId {
+    let new = NewVdi { size, store_policy: STORE_POLICY_BTREE, block_size_shift: 20, ..NewVdi::default() };
+    let vid = vdi::create(sheep, "v", &new).await.unwrap();
+    let mut root = Vec::new();
+    for (number, idx) in (0..).zip(largest) {
+        let oid = Oid::btree(vid, number);
+        let leaf = BtreeNode::Leaf(vec![LeafEntry { idx: *idx, vdi_id: 0 }]).encode();
+        let request = Request::new(Opcode::CREATE_AND_WRITE_OBJ)
+            .flag(Flags::WRITE)
+            .with_obj(ObjRequest { oid, ..ObjRequest::zeroed() });
+        sheep.call(request, leaf.into()).await.unwrap().success().unwrap();
+        root.push(InnerEntry { idx: *idx, oid });
+    }
+    let header = vdi::read_header(sheep, vid).await.unwrap();
+    let header = InodeHeader { btree_counter: largest.len() as u32, ..header };
+    let inode = [&header.to_bytes()[..], &BtreeNode::Inner(root).encode()].concat();
+    vdi::write_object(sheep, Oid::inode(vid), 0, inode.into()).await.unwrap();
+    vid
+}
+
+/// Before it reads the index node `at`, a snapshot is taken and another task of the volume finds out.
+struct MovesBeforeRead {
+    sheep: Arc<FakeSheep>,
+    at: Oid,
+    other: std::sync::OnceLock<std::sync::Weak<Inner>>,
+}
+
+impl Service for MovesBeforeRead {
+    fn call(&self, request: Request, payload: Bytes) -> CallFuture<'_> {
+        Box::pin(async move {
+            if request.opcode == Opcode::READ_OBJ && request.obj().oid == self.at {
+                vdi::snapshot(&*self.sheep, "v", "mid").await?;
+                let other = self.other.get().and_then(std::sync::Weak::upgrade).unwrap();
+                let seen = other.vid();
+                tokio::spawn(async move { other.move_on(seen).await });
+                for _ in 0..100 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            self.sheep.call(request, payload).await
+        })
+    }
+}
+
+#[tokio::test]
+async fn entries_of_an_index_that_is_replaced_meanwhile_are_not_lost() {
+    let sheep = Arc::new(FakeSheep::new());
+    let old = hypervolume_of_leaves(&sheep, 1 << 30, &[0, 9]).await;
+    let at = Oid::btree(old, 1);
+    let service = Arc::new(MovesBeforeRead { sheep: sheep.clone(), at, other: std::sync::OnceLock::new() });
+    let volume = Volume::open(service.clone(), "v", None, OpenOptions::default()).await.unwrap();
+    service.other.set(Arc::downgrade(&volume.inner)).unwrap();
+    // Block 0 is set in the first leaf, then the second one must be read.
+    volume.inner.update_table(vec![(0, old.get()), (8, old.get())]).await.unwrap();
+    assert_ne!(volume.vid(), old);
+    for volume in [volume, open(&sheep).await] {
+        assert_eq!(volume.inner.entry(0).await.unwrap(), old.get());
+        assert_eq!(volume.inner.entry(8).await.unwrap(), old.get());
+    }
+    assert_eq!(open_snapshot(&sheep, "mid").await.inner.entry(0).await.unwrap(), 0);
 }
 
 #[tokio::test]
@@ -532,9 +620,25 @@ async fn check_nothing_leaked(sheep: &FakeSheep) {
     assert_eq!(sheep.data_objects(), named.into_iter().collect::<Vec<_>>());
 }
 
-async fn run_scenario(steps: Vec<(Step, bool)>, seed: u64) {
-    let sheep = Arc::new(FakeSheep::new());
-    let volume = volume_of(&sheep, SIZE).await;
+/// What the steps run on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Flat,
+    Discarding,
+    Hyper,
+}
+
+async fn run_scenario(kind: Kind, steps: Vec<(Step, bool)>, seed: u64) {
+    let sheep = match kind {
+        Kind::Discarding => Arc::new(FakeSheep::new().with_discards()),
+        Kind::Flat | Kind::Hyper => Arc::new(FakeSheep::new()),
+    };
+    let volume = if kind == Kind::Hyper {
+        hypervolume_of_leaves(&sheep, SIZE, &[0, 2, 3]).await;
+        open(&sheep).await
+    } else {
+        volume_of(&sheep, SIZE).await
+    };
     sheep.delay_up_to(6, seed);
     let mut model = vec![0u8; SIZE as usize];
     let mut snapshots = Vec::new();
@@ -543,7 +647,9 @@ async fn run_scenario(steps: Vec<(Step, bool)>, seed: u64) {
             snapshots.push((format!("s{nr}"), model.clone()));
         }
         let meanwhile = async {
-            if *snapshot_meanwhile && matches!(step, Step::Writes(_)) {
+            // Without discards a snapshot may lose what is discarded while it is taken.
+            let safe = matches!(step, Step::Writes(_)) || kind != Kind::Flat;
+            if *snapshot_meanwhile && safe && !matches!(step, Step::Snapshot) {
                 for _ in 0..seed % 40 {
                     tokio::task::yield_now().await;
                 }
@@ -559,7 +665,9 @@ async fn run_scenario(steps: Vec<(Step, bool)>, seed: u64) {
         let snapshot = open_snapshot(&sheep, &tag).await;
         assert!(snapshot.read_bytes(0, SIZE as usize).await.unwrap() == content, "snapshot {tag}");
     }
-    check_nothing_leaked(&sheep).await;
+    if kind != Kind::Hyper {
+        check_nothing_leaked(&sheep).await;
+    }
 }
 
 /// Few cases unless PROPTEST_CASES asks for more.
@@ -569,13 +677,17 @@ fn cases(few: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(48))]
+    #![proptest_config(cases(96))]
     #[test]
-    fn a_volume_behaves_like_memory_and_snapshots_do_not_change(steps in steps(), seed in 1u64..) {
+    fn a_volume_behaves_like_memory_and_snapshots_do_not_change(
+        kind in proptest::sample::select(&[Kind::Flat, Kind::Discarding, Kind::Hyper][..]),
+        steps in steps(),
+        seed in 1u64..,
+    ) {
         tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .unwrap()
-            .block_on(run_scenario(steps, seed));
+            .block_on(run_scenario(kind, steps, seed));
     }
 }

@@ -4,7 +4,8 @@
 //! indexes, each one WRITE_OBJ: entries that did not change are never rewritten, because the original forgets their
 //! reference counts then (spec 05, section 9). Updates are always durable when confirmed. `READONLY` means that the
 //! VDI became a snapshot after the data was written: the entries then belong into the new working VDI's table, as they
-//! are (spec 01, 12.5).
+//! are (spec 01, 12.5). A sheep lets entries of a snapshot be cleared, as deletions need it; where it can tell a discard
+//! ([`Service::discards`](crate::Service::discards)), entries are cleared by DISCARD_OBJ, which is refused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,17 +42,34 @@ struct Update {
     done: oneshot::Sender<Result<(), VolumeError>>,
 }
 
-/// Adjacent entries.
+/// Indexes and owners.
+type Entries = Vec<(u32, u32)>;
+
+/// Adjacent entries, all set or all cleared.
 struct Run {
     start: u32,
     vids: Vec<u32>,
+}
+
+impl Run {
+    fn continues(&self, idx: u32, vid: u32) -> bool {
+        self.start as usize + self.vids.len() == idx as usize && self.clears() == (vid == 0)
+    }
+
+    fn clears(&self) -> bool {
+        self.vids.first() == Some(&0)
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        (self.start..).zip(self.vids.iter().copied())
+    }
 }
 
 fn runs(entries: &BTreeMap<u32, u32>) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for (idx, vid) in entries {
         match runs.last_mut() {
-            Some(run) if run.start as usize + run.vids.len() == *idx as usize => run.vids.push(*vid),
+            Some(run) if run.continues(*idx, *vid) => run.vids.push(*vid),
             _ => runs.push(Run { start: *idx, vids: vec![*vid] }),
         }
     }
@@ -78,66 +96,74 @@ impl Inner {
         })
     }
 
-    async fn write_entries(&self, entries: &BTreeMap<u32, u32>) -> Result<(), VolumeError> {
-        if let Map::Tree(tree) = &self.map {
-            return self.write_tree(tree, entries).await;
+    /// Writes entries, and those that are refused because of a snapshot into the new working VDI.
+    async fn write_entries(&self, mut entries: BTreeMap<u32, u32>) -> Result<(), VolumeError> {
+        let mut outcome = Ok(());
+        let mut attempt = 0;
+        loop {
+            let (vid, refused) = {
+                // Nobody may replace the table between a change of it and the writes that make the change durable.
+                let _still = self.moving.lock().await;
+                let vid = self.vid();
+                (vid, self.try_entries(vid, entries).await)
+            };
+            let mut why = None;
+            entries = BTreeMap::new();
+            for (run, error) in refused {
+                match error.code().and_then(Stale::of) {
+                    Some(stale) => {
+                        why = Some(stale);
+                        entries.extend(run);
+                    }
+                    None => outcome = Err(error),
+                }
+            }
+            let Some(stale) = why else { return outcome };
+            self.catch_up(stale, vid, attempt).await?;
+            attempt += 1;
         }
-        let work = runs(entries).into_iter().map(|run| self.write_run(run));
-        let results: Vec<_> = futures_util::stream::iter(work).buffer_unordered(PARALLEL).collect().await;
-        results.into_iter().collect()
     }
 
-    async fn write_run(&self, run: Run) -> Result<(), VolumeError> {
+    /// Writes entries into the table of `vid`; what failed, and why.
+    async fn try_entries(&self, vid: VdiId, entries: BTreeMap<u32, u32>) -> Vec<(Entries, VolumeError)> {
+        if let Map::Tree(tree) = &self.map {
+            let written = self.write_tree(tree, vid, &entries).await;
+            return written.err().map(|error| (entries.into_iter().collect(), error)).into_iter().collect();
+        }
+        let work = runs(&entries).into_iter().map(|run| async move {
+            let written = self.write_run(vid, &run).await;
+            written.err().map(|error| (run.entries().collect(), error))
+        });
+        futures_util::stream::iter(work)
+            .buffer_unordered(PARALLEL)
+            .filter_map(std::future::ready)
+            .collect()
+            .await
+    }
+
+    async fn write_run(&self, vid: VdiId, run: &Run) -> Result<(), VolumeError> {
         let mut payload = BytesMut::with_capacity(4 * run.vids.len());
         run.vids.iter().for_each(|vid| payload.put_u32_le(*vid));
-        let payload = payload.freeze();
-        let mut attempt = 0;
-        loop {
-            let vid = self.vid();
-            let body = ObjRequest {
-                oid: Oid::inode(vid),
-                offset: table_offset(run.start) as u32,
-                ..ObjRequest::zeroed()
-            };
-            let request = Request::new(Opcode::WRITE_OBJ)
-                .flag(Flags::WRITE.with(Flags::DIRECT))
-                .length(payload.len())
-                .with_obj(body);
-            let code =
-                self.service.call(request, payload.clone()).await.during("table update")?.response.result;
-            if code.is_ok() {
-                self.map.set_flat((run.start..).zip(run.vids));
-                return Ok(());
-            }
-            let Some(stale) = Stale::of(code) else {
-                return Err(VolumeError::Refused { what: "table update", code });
-            };
-            self.catch_up(stale, vid, attempt).await?;
-            attempt += 1;
-        }
+        let (opcode, oid, offset) = if run.clears() && self.service.discards() {
+            (Opcode::DISCARD_OBJ, Oid::data(vid, run.start), 0)
+        } else {
+            (Opcode::WRITE_OBJ, Oid::inode(vid), table_offset(run.start) as u32)
+        };
+        let request = Request::new(opcode)
+            .flag(Flags::WRITE.with(Flags::DIRECT))
+            .length(payload.len())
+            .with_obj(ObjRequest { oid, offset, ..ObjRequest::zeroed() });
+        self.service
+            .call(request, payload.freeze())
+            .await
+            .and_then(|reply| reply.success())
+            .during("table update")?;
+        self.map.set_flat(run.entries());
+        Ok(())
     }
 
+    /// Changes the index of `vdi`, which nobody replaces meanwhile, and makes it durable.
     async fn write_tree(
-        &self,
-        tree: &Mutex<IndexTree>,
-        entries: &BTreeMap<u32, u32>,
-    ) -> Result<(), VolumeError> {
-        let mut attempt = 0;
-        loop {
-            let vid = self.vid();
-            let error = match self.try_tree(tree, vid, entries).await {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
-            };
-            let VolumeError::Refused { code, .. } = error else { return Err(error) };
-            let Some(stale) = Stale::of(code) else { return Err(error) };
-            // The new working VDI has an index of its own, which is read again; the entries belong into it.
-            self.catch_up(stale, vid, attempt).await?;
-            attempt += 1;
-        }
-    }
-
-    async fn try_tree(
         &self,
         tree: &Mutex<IndexTree>,
         vdi: VdiId,
@@ -209,7 +235,7 @@ async fn run_updates(inner: Arc<Inner>) {
             std::mem::take(&mut updates.queue)
         };
         let entries = batch.iter().flat_map(|update| update.entries.iter().copied()).collect();
-        let outcome = inner.write_entries(&entries).await;
+        let outcome = inner.write_entries(entries).await;
         for update in batch {
             let _ = update.done.send(outcome.clone()); // the caller may have gone
         }

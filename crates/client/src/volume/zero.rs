@@ -119,7 +119,9 @@ impl Inner {
             for idx in &blocks {
                 guards.push(inner.locks.acquire(*idx, 0..inner.block_size()).await);
             }
-            inner.ensure_working().await?;
+            if !inner.service.discards() {
+                inner.ensure_working().await?;
+            }
             let vid = inner.vid();
             let mut entries = Vec::new();
             let mut own = Vec::new();
@@ -145,8 +147,8 @@ impl Inner {
         })
     }
 
-    /// Clearing entries of a VDI that has become a snapshot is allowed, and would destroy the snapshot: look first.
-    /// What remains is a snapshot taken between this look and the update.
+    /// Clearing entries of a VDI that has become a snapshot is allowed where there is no discard, and would destroy the
+    /// snapshot: look first. What remains is a snapshot taken between this look and the update.
     async fn ensure_working(&self) -> Result<(), VolumeError> {
         let mut attempt = 0;
         loop {

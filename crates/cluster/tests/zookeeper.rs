@@ -129,6 +129,26 @@ fn a_newcomer_waits_for_the_block_that_was_granted_before_it_joined() {
     contract::a_newcomer_waits_for_the_block(&mut cluster);
 }
 
+/// Nobody is left to write that the holder died, and the one that comes back second finds its BLOCK in the queue.
+#[test]
+fn a_block_of_before_all_died_holds_up_nobody() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, 1000, &[7001, 7002, 7003]);
+    for port in [7001, 7002] {
+        cluster.send(port, "block");
+    }
+    cluster.wait(7001, "granted");
+    cluster.settle("asked");
+    for port in [7001, 7002, 7003] {
+        cluster.signal(port, Signal::SIGSTOP);
+    }
+    for port in [7001, 7002, 7003] {
+        cluster.kill(port);
+    }
+    cluster.join_all(&[7001, 7002, 7003]);
+    contract::one_block_at_a_time(&mut cluster, 2);
+}
+
 #[test]
 fn calls_out_of_place_are_errors() {
     let zookeeper = ZooKeeper::start(1);

@@ -8,6 +8,7 @@ use sheepdog_proto::{NodeId, NodeRecord};
 use tokio::sync::{mpsc, oneshot};
 use zookeeper_client::CreateMode;
 
+use super::history;
 use super::layout::{Body, Entry, JOIN_LEN, decode_position, queue_path};
 use super::link::{Fault, Link, RETRY, open_to_all};
 use crate::DriverError;
@@ -16,6 +17,8 @@ use crate::DriverError;
 pub const KEPT: i64 = 1000;
 /// Requests under way at the same time when many entries are looked at.
 const BATCH: usize = 100;
+/// The same for JOINs and ACCEPTs, of a megabyte each.
+const LARGE_BATCH: usize = 4;
 
 /// What the reader has to tell.
 pub enum Read {
@@ -160,39 +163,75 @@ pub async fn write(
     Ok(())
 }
 
-/// Entries of the last [`KEPT`] numbers before `end` that `wanted` picks by length and version, in order.
-async fn look_back(link: &Link, end: i64, wanted: fn(usize, i32) -> bool) -> Result<Vec<Entry>, Fault> {
+/// What is known of an entry without reading it.
+struct Found {
+    number: i64,
+    len: usize,
+    version: i32,
+}
+
+/// The entries that are left of the last [`KEPT`] numbers before `end`, in order.
+async fn look_back(link: &Link, end: i64) -> Result<Vec<Found>, Fault> {
     let numbers: Vec<i64> = ((end - KEPT).max(0)..end).collect();
-    let mut entries = Vec::new();
+    let mut found = Vec::new();
     for batch in numbers.chunks(BATCH) {
         let paths: Vec<String> = batch.iter().map(|n| queue_path(*n)).collect();
         let stats = try_join_all(paths.iter().map(|p| link.stat(p))).await?;
-        let picked = paths.iter().zip(stats).filter(|(_, stat)| {
-            stat.is_some_and(|s| wanted(usize::try_from(s.data_length).unwrap_or(0), s.version))
-        });
-        for (path, _) in picked {
-            let Some((data, _)) = link.get(path).await? else { continue };
-            entries.extend(Entry::decode(&data).ok());
-        }
+        found.extend(batch.iter().zip(stats).filter_map(|(number, stat)| {
+            let stat = stat?;
+            let len = usize::try_from(stat.data_length).unwrap_or(0);
+            Some(Found { number: *number, len, version: stat.version })
+        }));
     }
-    Ok(entries)
+    Ok(found)
 }
 
-/// Who waits for or has the mutex when the entry `join` is reached, in order. The original starts with nobody, and its
-/// joiners may be granted a mutex that is taken.
-pub async fn open_blocks(link: &Link, join: i64) -> Result<Vec<NodeId>, Fault> {
-    let mut waiting = Vec::new();
-    for entry in look_back(link, join, |len, _| len != JOIN_LEN).await? {
-        super::history::advance_blocks(&mut waiting, &entry);
+/// Reads these entries at the same time.
+async fn fetch(link: &Link, numbers: &[i64]) -> Result<Vec<(i64, Entry)>, Fault> {
+    let paths: Vec<String> = numbers.iter().map(|n| queue_path(*n)).collect();
+    let data = try_join_all(paths.iter().map(|p| link.get(p))).await?;
+    let entries = numbers.iter().zip(data);
+    Ok(entries.filter_map(|(number, data)| Some((*number, Entry::decode(&data?.0).ok()?))).collect())
+}
+
+/// Who of `members` waits for or has the mutex when the entry `join` is reached, in order. The original starts with
+/// nobody, and its joiners may be granted a mutex that is taken.
+pub async fn open_blocks(link: &Link, join: i64, members: &[NodeRecord]) -> Result<Vec<NodeId>, Fault> {
+    let found = look_back(link, join).await?;
+    let small: Vec<i64> = found.iter().filter(|f| f.len != JOIN_LEN).map(|f| f.number).collect();
+    let mut entries = Vec::new();
+    for batch in small.chunks(BATCH) {
+        entries.extend(fetch(link, batch).await?);
     }
+    let Some(oldest) = history::oldest_open_block(&entries, members) else { return Ok(Vec::new()) };
+    // They are large, and most joins find nobody who wants the mutex.
+    let accepts = found.iter().filter(|f| f.len == JOIN_LEN && f.version > 0 && f.number > oldest);
+    let accepts: Vec<i64> = accepts.map(|f| f.number).collect();
+    let mut waiting = Vec::new();
+    let mut entries = entries.into_iter().peekable();
+    for batch in accepts.chunks(LARGE_BATCH) {
+        for (number, accept) in fetch(link, batch).await? {
+            while let Some((_, entry)) = entries.next_if(|(n, _)| *n < number) {
+                history::advance_blocks(&mut waiting, &entry);
+            }
+            history::advance_blocks(&mut waiting, &accept);
+        }
+    }
+    entries.for_each(|(_, entry)| history::advance_blocks(&mut waiting, &entry));
     Ok(waiting)
 }
 
 /// Who asked to join before the entry `join` and has no answer.
 pub async fn open_joins(link: &Link, join: i64) -> Result<Vec<NodeId>, Fault> {
-    let entries = look_back(link, join, |len, version| len == JOIN_LEN && version == 0).await?;
-    let joins = entries.into_iter().filter(|e| matches!(e.body, Body::Join(_)));
-    Ok(joins.map(|e| e.sender.nid).collect())
+    let unanswered = |f: &Found| f.len == JOIN_LEN && f.version == 0;
+    let numbers: Vec<i64> =
+        look_back(link, join).await?.into_iter().filter(unanswered).map(|f| f.number).collect();
+    let mut waiting = Vec::new();
+    for batch in numbers.chunks(LARGE_BATCH) {
+        let joins = fetch(link, batch).await?.into_iter().filter(|(_, e)| matches!(e.body, Body::Join(_)));
+        waiting.extend(joins.map(|(_, e)| e.sender.nid));
+    }
+    Ok(waiting)
 }
 
 /// Removes entries that every member has passed long ago. Does nothing while a member has no checkpoint.

@@ -361,11 +361,9 @@ impl Session {
     /// Our ACCEPT: takes over the members, watches them, and becomes visible as a member.
     async fn enter_history(&mut self, join: i64, mut before: Vec<NodeRecord>) -> Result<(), Fault> {
         before.retain(|n| n.nid != self.me.nid);
-        let blocks = queue::open_blocks(self.link(), join).await?;
         for node in &before {
             self.watch_member(node.nid);
         }
-        self.history = History::new(before, blocks);
         let (me, session) = (self.me.nid, self.link().session);
         let nodes = [(member_path(&me), encode_session(session)), (position_path(&me), encode_position(-1))];
         for (path, data) in nodes {
@@ -379,6 +377,9 @@ impl Session {
                 result => drop(result?),
             }
         }
+        // Afterwards: the others wait for the nodes.
+        let blocks = queue::open_blocks(self.link(), join, &before).await?;
+        self.history = History::new(before, blocks);
         self.progress.send_replace(Progress::Joined);
         Ok(())
     }

@@ -455,7 +455,9 @@ fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     sheepdog_testkit::wait("the newcomer to ask", || raw.names("/queue").len() == 2);
     let number = || {
         let mut numbers = raw.names("/master").into_iter();
-        numbers.find(|n| raw.get(&format!("/master/{n}")).0.starts_with(b"IPv4 ip:127.0.0.1 port:7001"))
+        // Meanwhile one may be gone.
+        let data = |n: &str| raw.runtime.block_on(raw.client.get_data(&format!("/master/{n}"))).ok();
+        numbers.find(|n| data(n).is_some_and(|(data, _)| data.starts_with(b"IPv4 ip:127.0.0.1 port:7001")))
     };
     let first = number().expect("it competes");
     // The one that asked first was slower to compete.
@@ -470,6 +472,27 @@ fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     let accepted = cluster.wait(7001, "accept 127.0.0.1:7001 ");
     assert!(accepted.contains("members=127.0.0.1:7001 "), "{accepted}");
     cluster.settle("end");
+}
+
+/// What an operator's slip does: nobody goes on as a member that hears nothing.
+#[test]
+fn members_whose_queue_is_removed_end_with_one_clear_line() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, 1000, &[7001, 7002]);
+    cluster.may_fail = true;
+    let raw = Raw::connect(&zookeeper);
+    for number in raw.names("/queue") {
+        raw.delete(&format!("/queue/{number}"));
+    }
+    raw.delete("/queue");
+    for port in [7001, 7002] {
+        let line = cluster.wait(port, "failed ");
+        let start = format!("failed zk server {}: reading the queue: ", zookeeper.hosts());
+        assert!(line.starts_with(&start), "{line}");
+        cluster.send(port, "notify x");
+        cluster.wait(port, "error notify: not a member of the cluster");
+        assert_eq!(cluster.count(port, "failed"), 1);
+    }
 }
 
 #[test]

@@ -76,7 +76,10 @@ impl Member {
             tokio::select! {
                 biased;
                 command = self.commands.recv() => match command {
-                    None | Some(Command::Stop) => return,
+                    None | Some(Command::Stop) => {
+                        self.lease.end();
+                        return;
+                    }
                     Some(command) => self.command(command).await,
                 },
                 read = next_read(&mut self.session) => self.read(read).await,
@@ -133,16 +136,8 @@ impl Member {
         let Some(session) = self.session.as_mut() else { return };
         match input {
             Input::Entered(Ok(join)) => session.entered(join),
-            Input::Entered(Err(error)) => {
-                let reply = session.joining.take();
-                self.session = None;
-                if self.lost_one {
-                    let _ = self.events.send(Event::Failed(error.to_string()));
-                }
-                if let Some(reply) = reply {
-                    let _ = reply.send(Err(error));
-                }
-            }
+            Input::Entered(Err(error)) => self.fail(error),
+            Input::Refused(what, e) => self.refused(format!("{what}: {e}")),
             Input::Elected | Input::AskAgain => session.look_again(),
             Input::Death(node, end) => session.death(node, end),
             Input::Lost => self.lose(),
@@ -199,10 +194,25 @@ impl Member {
     fn fault(&mut self, fault: Fault) {
         match fault {
             Fault::Lost => self.lose(),
-            Fault::Refused(e) => {
-                let _ = self.events.send(Event::Failed(format!("zk server {}: {e}", self.options.hosts)));
-                self.session = None;
-            }
+            Fault::Refused(e) => self.refused(e.to_string()),
+        }
+    }
+
+    /// A server does not do what this node needs.
+    fn refused(&mut self, reason: String) {
+        self.fail(DriverError::Ensemble { hosts: self.options.hosts.clone(), reason });
+    }
+
+    /// Ends the session for good. The first join returns the reason, later the daemon ends with it.
+    fn fail(&mut self, error: DriverError) {
+        let Some(mut session) = self.session.take() else { return };
+        self.lease.end();
+        let reply = session.joining.take();
+        if self.lost_one || reply.is_none() {
+            let _ = self.events.send(Event::Failed(error.to_string()));
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(error));
         }
     }
 
@@ -210,6 +220,8 @@ impl Member {
     /// under way has succeeded in so far as the daemon joins again.
     fn lose(&mut self) {
         let Some(mut session) = self.session.take() else { return };
+        // Before anybody is told: a later session's lease says nothing about what was written in this one.
+        self.lease.end();
         self.lost_one = true;
         if session.leaving {
             let text = "the zookeeper session of this node, which had left the cluster, was lost";

@@ -92,7 +92,9 @@ async fn wait_for(link: &Link, path: &str, number: i64, out: &mpsc::Sender<Read>
         if tokio::time::timeout(link.timeout, &mut created).await.is_ok() {
             return Ok(true);
         }
-        if link.next_number().await? > number && link.stat(path).await?.is_none() {
+        // Less than what was read: somebody has removed the queue, and there is a new one.
+        let next = link.next_number().await?;
+        if next < number || next > number && link.stat(path).await?.is_none() {
             let _ = out.send(Read::Gap(number)).await;
             return Ok(false);
         }
@@ -138,27 +140,27 @@ pub async fn write(
 ) -> Result<(), Fault> {
     while let Some(order) = orders.recv().await {
         let (body, sender, reply) = match order {
-            Write::Entry(body, sender, reply) => (body, sender, Some(reply)),
+            Write::Entry(body, sender, reply) => (body, sender, reply),
             Write::Bury(nid) => {
                 if link.stat(&super::layout::member_path(&nid)).await?.is_some() {
                     continue;
                 }
-                (Body::Leave, NodeRecord { nid, ..NodeRecord::zeroed() }, None)
+                (Body::Leave, NodeRecord { nid, ..NodeRecord::zeroed() }, oneshot::channel().0)
             }
         };
+        // Without them everybody waits for this node, or for one that is dead.
+        let needed = matches!(body, Body::Leave | Body::Unblock(_));
         let entry = Entry { id: rand::random(), sender, body };
         let result = push(&link, &entry, position.load(Ordering::Relaxed)).await;
         let answer = match result {
             Ok(_) => Ok(()),
             Err(Fault::Lost) => return Err(Fault::Lost),
+            Err(fault) if needed => return Err(fault),
             Err(Fault::Refused(e)) => {
                 Err(DriverError::Ensemble { hosts: "queue".into(), reason: e.to_string() })
             }
         };
-        match reply {
-            Some(reply) => drop(reply.send(answer)),
-            None => drop(answer.map_err(|e| tracing::error!("{e}"))),
-        }
+        let _ = reply.send(answer);
     }
     Ok(())
 }

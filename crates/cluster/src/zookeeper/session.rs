@@ -17,7 +17,8 @@ use super::link::{Fault, Link, LinkOwner, fence};
 use super::locks::Locks;
 use super::member::Command;
 use super::queue::{self, Read, Write};
-use super::tasks::{Tell, enter, log_fault, watch_member, watch_session};
+use super::tasks::{Tell, enter, log_fault, needed, watch_member, watch_session};
+use crate::clock::Moment;
 use crate::{Answer, DriverError, Event, Lease, Lock, Reply};
 
 /// Entries read ahead of the daemon; each may have a megabyte.
@@ -39,6 +40,8 @@ pub enum Input {
     AskAgain,
     /// The session is over.
     Lost,
+    /// A server refused what this task cannot do without.
+    Refused(&'static str, ZkError),
 }
 
 /// Whether this node has the mutex.
@@ -98,6 +101,7 @@ pub struct Session {
     pub leaving: bool,
     left: Vec<oneshot::Sender<Reply>>,
     locks: Locks,
+    lease: Arc<Lease>,
 }
 
 impl Session {
@@ -118,11 +122,13 @@ impl Session {
         let position = Arc::new(AtomicI64::new(0));
         let mut tasks = JoinSet::new();
         let tell = Tell { generation, mailbox: mailbox.clone() };
-        let election = election::compete(link.clone(), me.nid, entering, elect);
-        let election = tasks.spawn(log_fault("election", election));
-        tasks.spawn(log_fault("queue", queue::write(link.clone(), orders, position.clone())));
-        tasks.spawn(fence(link.clone(), lease.clone(), events.clone()));
-        let locks = Locks::new(link.clone(), me.nid, lease);
+        let election = election::compete(link.clone(), me.nid, entering.clone(), elect);
+        let election = tasks.spawn(needed(tell.clone(), "the election", election));
+        let writer_task = queue::write(link.clone(), orders, position.clone());
+        tasks.spawn(needed(tell.clone(), "writing to the queue", writer_task));
+        let is_member = move || *entering.borrow() == Progress::Joined;
+        tasks.spawn(fence(link.clone(), lease.clone(), is_member, events.clone()));
+        let locks = Locks::new(link.clone(), me.nid, lease.clone());
         tasks.spawn(watch_session(link.clone(), standing.clone(), tell.clone()));
         let join = Entry { id: rand::random(), sender: me, body: Body::Join(info) };
         tasks.spawn(enter(link, join, progress.clone(), standing.clone(), tell));
@@ -151,6 +157,7 @@ impl Session {
             leaving: false,
             left: Vec::new(),
             locks,
+            lease,
         }
     }
 
@@ -256,7 +263,7 @@ impl Session {
         let (out, reads) = mpsc::channel(READ_AHEAD);
         self.reads = Some(reads);
         let reader = queue::read(self.link().clone(), join, out);
-        self.tasks.spawn(log_fault("queue", reader));
+        self.tasks.spawn(needed(self.tell(), "reading the queue", reader));
         if let Some(reply) = self.joining.take() {
             let _ = reply.send(Ok(()));
         }
@@ -302,7 +309,9 @@ impl Session {
                 Ok(Outcome::On)
             }
             Read::Gap(number) => {
-                tracing::error!("queue entry {number} was removed before this node had read it");
+                tracing::error!(
+                    "queue entry {number} was removed before this node had read it, or the queue is another one"
+                );
                 Ok(Outcome::Expelled)
             }
             Read::Entry { number, entry, version } => {
@@ -365,6 +374,7 @@ impl Session {
             self.watch_member(node.nid);
         }
         let (me, session) = (self.me.nid, self.link().session);
+        let confirmed = Moment::now();
         let nodes = [(member_path(&me), encode_session(session)), (position_path(&me), encode_position(-1))];
         for (path, data) in nodes {
             match self.link().create(&path, &data, CreateMode::Ephemeral).await {
@@ -381,6 +391,8 @@ impl Session {
         let blocks = queue::open_blocks(self.link(), join, &before).await?;
         self.history = History::new(before, blocks);
         self.progress.send_replace(Progress::Joined);
+        // At once: whoever learns of the membership may ask for a lock.
+        self.lease.extend(confirmed.after(self.link().confirmed_for()));
         Ok(())
     }
 
@@ -395,7 +407,8 @@ impl Session {
 
     fn watch_member(&mut self, node: NodeId) {
         let (link, tell) = (self.link().clone(), self.tell());
-        let watch = self.tasks.spawn(log_fault("member watch", watch_member(link, node, tell)));
+        let watch = watch_member(link, node, tell.clone());
+        let watch = self.tasks.spawn(needed(tell, "the watch of a member", watch));
         if let Some(old) = self.watched.insert(node, watch) {
             old.abort();
         }

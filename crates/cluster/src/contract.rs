@@ -285,6 +285,9 @@ pub enum DriverError {
         /// The process that has it.
         pid: i32,
     },
+    /// The same, of a process that cannot be named.
+    #[error("{0} is already a member of the cluster")]
+    AddressTaken(NodeId),
     /// The cluster has as many members as the driver can list.
     #[error("the cluster already has {0} members")]
     Full(usize),

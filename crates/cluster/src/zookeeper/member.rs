@@ -95,6 +95,7 @@ impl Member {
             Some(read) => match session.handle(read).await {
                 Ok(Outcome::On) => {}
                 Ok(Outcome::Expelled) => self.lose(),
+                Ok(Outcome::Taken) => self.taken(),
                 Err(fault) => self.fault(fault),
             },
         }
@@ -121,10 +122,7 @@ impl Member {
                 }
                 Ok(())
             }
-            Command::Input(g, input) if g == generation => {
-                self.input(input);
-                Ok(())
-            }
+            Command::Input(g, input) if g == generation => self.input(input).await,
             _ => Ok(()),
         };
         if let Err(fault) = result {
@@ -132,16 +130,18 @@ impl Member {
         }
     }
 
-    fn input(&mut self, input: Input) {
-        let Some(session) = self.session.as_mut() else { return };
+    async fn input(&mut self, input: Input) -> Result<(), Fault> {
+        let Some(session) = self.session.as_mut() else { return Ok(()) };
         match input {
             Input::Entered(Ok(join)) => session.entered(join),
             Input::Entered(Err(error)) => self.fail(error),
             Input::Refused(what, e) => self.refused(format!("{what}: {e}")),
-            Input::Elected | Input::AskAgain => session.look_again(),
+            Input::Elected | Input::AskAgain => return session.look_again().await,
             Input::Death(node, end) => session.death(node, end),
+            Input::Back(node) => session.back(node),
             Input::Lost => self.lose(),
         }
+        Ok(())
     }
 
     async fn request(&mut self, request: Request, reply: oneshot::Sender<Reply>) -> Result<(), Fault> {
@@ -195,6 +195,13 @@ impl Member {
         match fault {
             Fault::Lost => self.lose(),
             Fault::Refused(e) => self.refused(e.to_string()),
+        }
+    }
+
+    /// The member of this address is another process.
+    fn taken(&mut self) {
+        if let Some(nid) = self.session.as_ref().map(Session::nid) {
+            self.fail(DriverError::AddressTaken(nid));
         }
     }
 

@@ -11,6 +11,8 @@ use zookeeper_client::CreateMode;
 use super::history;
 use super::layout::{Body, Entry, JOIN_LEN, decode_position, queue_path};
 use super::link::{Fault, Link, RETRY, open_to_all};
+use super::session::Input;
+use super::tasks::Tell;
 use crate::DriverError;
 
 /// How far back a joiner looks for what is still open, and how many entries outlive the oldest checkpoint.
@@ -137,12 +139,16 @@ pub async fn write(
     link: Link,
     mut orders: mpsc::UnboundedReceiver<Write>,
     position: Arc<AtomicI64>,
+    tell: Tell,
 ) -> Result<(), Fault> {
     while let Some(order) = orders.recv().await {
         let (body, sender, reply) = match order {
             Write::Entry(body, sender, reply) => (body, sender, reply),
             Write::Bury(nid) => {
+                // A server that lags does not know yet that it is back.
+                link.sync().await?;
                 if link.stat(&super::layout::member_path(&nid)).await?.is_some() {
+                    tell.tell(Input::Back(nid));
                     continue;
                 }
                 (Body::Leave, NodeRecord { nid, ..NodeRecord::zeroed() }, oneshot::channel().0)

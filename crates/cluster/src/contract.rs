@@ -274,6 +274,12 @@ pub enum DriverError {
         /// What is wrong.
         reason: String,
     },
+    /// The events that this process had not read were overwritten.
+    #[error(
+        "this process was stopped or had no time to run while {0} or more cluster events passed, and does not know \
+         them: it ends, start it again"
+    )]
+    MissedEvents(usize),
     /// SIGUSR1 is not blocked, so a peer's signal would kill the process.
     #[error("SIGUSR1 must be blocked before any thread starts")]
     SignalNotBlocked,

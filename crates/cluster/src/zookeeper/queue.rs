@@ -19,7 +19,9 @@ use crate::DriverError;
 pub const KEPT: i64 = 1000;
 /// Requests under way at the same time when many entries are looked at.
 const BATCH: usize = 100;
-/// The same for JOINs and ACCEPTs, of a megabyte each.
+/// A write that fails so often in a row is not hit by a dying server.
+const SUSPICIOUS: u64 = 10;
+/// Requests for JOINs and ACCEPTs under way at the same time, of a megabyte each.
 const LARGE_BATCH: usize = 4;
 
 /// What the reader has to tell.
@@ -108,12 +110,21 @@ async fn wait_for(link: &Link, path: &str, number: i64, out: &mpsc::Sender<Read>
 pub async fn push(link: &Link, entry: &Entry, from: i64) -> Result<i64, Fault> {
     let data = entry.encode();
     let options = open_to_all(CreateMode::PersistentSequential);
+    let mut attempt = 0_u64;
     loop {
+        attempt += 1;
         let client = link.client().await?;
         match client.create("/queue/", &data, &options).await {
             Ok((_, number)) => return Ok(number.into_i64()),
             Err(e) if super::link::is_answer(&e) => return Err(Fault::Refused(e)),
             Err(e) => tracing::debug!("outcome of a write unknown: {e}"),
+        }
+        if attempt.is_multiple_of(SUSPICIOUS) {
+            tracing::warn!(
+                "zookeeper has closed the connection {attempt} times instead of taking an entry of {} bytes: is \
+                 jute.maxbuffer of the servers smaller?",
+                data.len()
+            );
         }
         tokio::time::sleep(RETRY).await;
         link.sync().await?;

@@ -172,7 +172,7 @@ async fn serve(
 
     // Whatever may still fail fails before the join: a node that joins and ends costs the cluster two epochs. Who sees it as
     // a member may tell it to end.
-    let signals = new_signals()?;
+    let mut signals = new_signals()?;
     starting.abort();
     let nbd_listeners = crate::nbd::bind(options).await?;
     let pidfile = match &options.pidfile {
@@ -192,7 +192,16 @@ async fn serve(
     tracing::info!("{} going to join the cluster", state.me.nid);
     let (record, info) = (state.me, state.cluster_info());
     Task::spawn(sheep.clone(), state, driver.clone(), parts.worker.clone(), events, commands, exit);
-    driver.join(record, info).await.map_err(failed)?;
+    // Over ZooKeeper it waits for the end of a predecessor's session, and for as long as no server answers.
+    tokio::select! {
+        joined = driver.join(record, info) => joined.map_err(failed)?,
+        () = told_to_end(&sheep, &mut signals) => {
+            tracing::info!("told to end before it joined");
+            remove_pidfile(pidfile);
+            let _ = tokio::time::timeout(HINT_DEADLINE, driver.end()).await;
+            return Ok(0);
+        }
+    }
 
     if let Err(error) = std::env::set_current_dir(meta.path()) {
         tracing::warn!("cannot change to {}: {error}", meta.path().display());
@@ -205,11 +214,7 @@ async fn serve(
 
     let code = wait_for_end(&sheep, signals, exited, &stop, nbd).await;
     tracing::info!("shutdown");
-    if let Some(pidfile) = pidfile
-        && let Err(error) = pidfile.remove()
-    {
-        tracing::warn!("cannot remove the pid file: {error}");
-    }
+    remove_pidfile(pidfile);
     if let Some(store) = &sheep.store {
         store.drain().await;
         let _ = store.flush().await;
@@ -373,6 +378,30 @@ async fn end_before_join(mut signals: Signals) {
     }
     tracing::info!("told to end before it joined");
     std::process::exit(0);
+}
+
+/// Waits until a signal or an operator ends the daemon.
+async fn told_to_end(sheep: &Arc<Sheep>, signals: &mut Signals) {
+    loop {
+        let view = sheep.views.load();
+        if view.status == ClusterStatus::Killed {
+            return;
+        }
+        tokio::select! {
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
+            _ = signals.hang_up.recv() => log::rotate(),
+            _ = sheep.views.changed_from(&view) => {}
+        }
+    }
+}
+
+fn remove_pidfile(pidfile: Option<PidFile>) {
+    if let Some(pidfile) = pidfile
+        && let Err(error) = pidfile.remove()
+    {
+        tracing::warn!("cannot remove the pid file: {error}");
+    }
 }
 
 /// Waits until the cluster, an operator or a signal ends the daemon and its requests are answered.

@@ -127,13 +127,16 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, wante
         Opcode::DECREF_PEER => decref(sheep, &request, wanted).await,
         _ => Err(ResultCode::INVALID_PARMS),
     };
-    failed(&request, acknowledged(sheep, outcome.err().unwrap_or(ResultCode::SUCCESS)))
+    failed(&request, outcome.err().unwrap_or(ResultCode::SUCCESS))
 }
 
-/// What may be said about a write that ended with `code`: not that it succeeded if meanwhile others may have gone on
-/// without this node. It is then repeated, here or where the object has its home by then.
-fn acknowledged(sheep: &Sheep, code: ResultCode) -> ResultCode {
-    if code.is_ok() && !sheep.gate.is_fresh() { ResultCode::NETWORK_ERROR } else { code }
+/// Whether it may be said that a write succeeded: not if meanwhile others may have gone on without this node. It is then
+/// repeated, here or where the object has its home by then. Ends the pass, and not before: as long as one is out, a node
+/// that lost its session does not join again and gets no other lease.
+fn acknowledge(sheep: &Sheep, pass: Pass) -> Result<(), ResultCode> {
+    let is_fresh = sheep.gate.is_fresh();
+    drop(pass);
+    if is_fresh { Ok(()) } else { Err(ResultCode::NETWORK_ERROR) }
 }
 
 /// A write that needs no waiting goes to the store at once, and `done` gets its answer on the store's thread: no task,
@@ -167,10 +170,10 @@ where
     }
     let (sheep, request) = (sheep.clone(), *request);
     let finish = move |result: Result<(), StoreError>| {
-        drop(pass);
         let _active = sheep.stats.peer(&request);
-        let code = result.err().map_or(ResultCode::SUCCESS, |e| crate::faults::peer_result(&sheep, &e));
-        done(failed(&request, acknowledged(&sheep, code)));
+        let result = result.map_err(|e| crate::faults::peer_result(&sheep, &e));
+        let result = result.and_then(|()| acknowledge(&sheep, pass));
+        done(failed(&request, result.err().unwrap_or(ResultCode::SUCCESS)));
     };
     store.write_with(replica, size, body.offset.into(), payload, Box::new(finish));
     Ok(())
@@ -265,7 +268,7 @@ async fn write(
     }
     let id = write_id(&body);
     sheep.intents.asked(body.oid, id);
-    let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
@@ -299,7 +302,8 @@ async fn write(
     done.map_err(|e| {
         sheep.intents.failed(body.oid, id, request.epoch);
         crate::faults::peer_result(sheep, &e)
-    })
+    })?;
+    acknowledge(sheep, pass)
 }
 
 /// The number that a write's gateway gave it.
@@ -327,21 +331,23 @@ fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Resul
 
 async fn remove(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.obj();
-    let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
     sheep.tombstones.add(body.oid, view.epoch);
     replaced(sheep, body.oid)?;
-    store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))
+    store.remove(replica).await.map_err(|e| crate::faults::peer_result(sheep, &e))?;
+    acknowledge(sheep, pass)
 }
 
 async fn decref(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.reference();
-    let remove_data = {
-        let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    let (remove_data, acknowledged) = {
+        let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
         let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
         let last = reclaim::drop_in_ledger(sheep, store, &body).await?;
-        last && view.my_position(body.oid, sheep.copies_of(body.oid, &view)) == Some(0)
+        let mine = view.my_position(body.oid, sheep.copies_of(body.oid, &view)) == Some(0);
+        (last && mine, acknowledge(sheep, pass))
     };
     if remove_data {
         // Outside the pass: this is a request to other nodes, and may wait for the next epoch.
@@ -351,5 +357,5 @@ async fn decref(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Re
             Err(code) => tracing::warn!("{data} has no references left but was not removed: {code}"),
         }
     }
-    Ok(())
+    acknowledged
 }

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use sheepdog_proto::ClusterFlags;
+use sheepdog_proto::{ClusterFlags, Opcode, Request};
 use sheepdog_testkit::wait::DEADLINE;
 use sheepdog_testkit::{Builder, Client, Cluster, Ports, Vdi, binaries, in_own_network, wait, wait_for};
 
@@ -95,6 +95,35 @@ fn a_store_of_another_cluster_id_is_refused_over_zookeeper_and_serves_under_its_
     let mut daemon = start(&own);
     wait("the other cluster serves again", || daemon.dog(port, &["cluster", "info"]).starts_with(RUNNING));
     assert_eq!(daemon.dog(port, &["node", "list", "-r"]).lines().count(), 1);
+}
+
+/// It waits for the end of its predecessor's session, which is far away.
+#[test]
+fn a_daemon_that_waits_to_join_ends_when_told() {
+    let mut cluster = Builder::new(3).copies(2).zookeeper(60_000).start();
+    let port = cluster.nodes[2].port;
+    cluster.kill9(2);
+    let store = cluster.dir().join("successor");
+    let pidfile = cluster.dir().join("pid");
+    let (port_text, pidfile_text) = (port.to_string(), pidfile.display().to_string());
+    let args = ["-c", &cluster.driver, "-p", &port_text, "--pidfile", &pidfile_text];
+    let log = || std::fs::read_to_string(store.join("sheep.log")).unwrap_or_default();
+    for by_signal in [true, false] {
+        let begin = log().len();
+        let mut daemon = Daemon::start(&args, &store);
+        wait("it waits", || log()[begin..].contains("is still registered by an earlier session"));
+        if by_signal {
+            daemon.terminate();
+        } else {
+            let kill = Request::new(Opcode::KILL_NODE);
+            assert!(Client::connect(port).expect("it listens").must(kill, &[]).0.result.is_ok());
+        }
+        assert_eq!(daemon.wait_exit(), Some(0), "{}", log());
+        assert!(!pidfile.exists());
+        let errors = log().lines().filter(|l| l.contains("ERROR") && !l.contains("nofile")).count();
+        assert_eq!(errors, 0, "{}", log());
+    }
+    assert_eq!(cluster.members(0).len(), 3, "the dead node's session is not over");
 }
 
 #[test]
@@ -327,6 +356,12 @@ impl Daemon {
             .output()
             .expect("dog");
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// SIGTERM.
+    fn terminate(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
     }
 
     fn wait_exit(&mut self) -> Option<i32> {

@@ -106,55 +106,97 @@ fn replicas_travel_by_the_io_network_and_by_the_other_one_while_it_is_cut() {
     assert_everywhere(&mut cluster, &vdi, &data);
 }
 
+/// Writes these blocks again and again until the healing, for which the last write waits. Gives the times of the
+/// acknowledgements before.
+fn write_until_healed(
+    vdi: &mut Vdi,
+    client: &mut Client,
+    blocks: &[u64],
+    begin: Instant,
+    healed: &AtomicBool,
+) -> Vec<Duration> {
+    let mut acknowledged = Vec::new();
+    for block in blocks.iter().cycle() {
+        vdi.write(client, *block << 22, &[2; 4096]).expect("write");
+        if healed.load(Ordering::Acquire) {
+            break;
+        }
+        acknowledged.push(begin.elapsed());
+    }
+    acknowledged
+}
+
 #[test]
 fn over_zookeeper_a_cut_host_acknowledges_nothing_and_rejoins_when_healed() {
-    if in_own_network("hosts::over_zookeeper_a_cut_host_acknowledges_nothing_and_rejoins_when_healed") {
-        return;
+    if !in_own_network("hosts::over_zookeeper_a_cut_host_acknowledges_nothing_and_rejoins_when_healed") {
+        hosts_cut_from_the_servers_acknowledge_nothing(&[0], &Nic::ALL);
     }
-    // One copy: some objects have their only home on the cut host, which could write them alone.
+}
+
+#[test]
+fn over_zookeeper_a_host_with_the_io_network_alone_acknowledges_nothing() {
+    if !in_own_network("hosts::over_zookeeper_a_host_with_the_io_network_alone_acknowledges_nothing") {
+        hosts_cut_from_the_servers_acknowledge_nothing(&[0], &[Nic::Cluster]);
+    }
+}
+
+#[test]
+fn over_zookeeper_a_majority_that_does_not_reach_the_servers_acknowledges_nothing() {
+    if !in_own_network(
+        "hosts::over_zookeeper_a_majority_that_does_not_reach_the_servers_acknowledges_nothing",
+    ) {
+        hosts_cut_from_the_servers_acknowledge_nothing(&[1, 2], &[Nic::Cluster]);
+    }
+}
+
+/// The other hosts go on, and what the cut ones acknowledged before that is there when they are back.
+fn hosts_cut_from_the_servers_acknowledge_nothing(hosts: &[usize], nics: &[Nic]) {
+    // One copy: some objects have their only home on a cut host, which could write them alone.
     let mut cluster = Builder::new(3).copies(1).zookeeper(TIMEOUT).on_hosts().start();
     let (vdi, held) = volume_of_single_copies(&mut cluster);
-    let mut isolated = cluster.nodes[0].client();
-    isolated.set_timeout(Duration::from_secs(90)).expect("set");
-    let mut inside = vdi.clone();
-    cut(&cluster, 0, &Nic::ALL);
+    let mut isolated: Vec<(usize, Client)> = hosts.iter().map(|h| (*h, cluster.nodes[*h].client())).collect();
+    for (_, client) in &mut isolated {
+        client.set_timeout(Duration::from_secs(90)).expect("set");
+    }
+    let other = (0..3).find(|h| !hosts.contains(h)).expect("a host that is not cut");
+    hosts.iter().for_each(|host| cut(&cluster, *host, nics));
     let begin = Instant::now();
     let healed = AtomicBool::new(false);
     let acknowledged = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            // Until the healing: the last write waits for it.
-            let mut acknowledged = Vec::new();
-            for block in held[0].iter().cycle() {
-                inside.write(&mut isolated, *block << 22, &[2; 4096]).expect("write");
-                if healed.load(Ordering::Acquire) {
-                    break;
-                }
-                acknowledged.push(begin.elapsed());
-            }
-            acknowledged
-        });
-        wait("the others go on without the cut host", || cluster.members(1).len() == 2);
+        let mut writers = Vec::new();
+        for (host, client) in &mut isolated {
+            let (mut vdi, blocks, healed) = (vdi.clone(), &held[*host], &healed);
+            writers.push(scope.spawn(move || write_until_healed(&mut vdi, client, blocks, begin, healed)));
+        }
+        wait("the others go on without them", || cluster.members(other).len() == 3 - hosts.len());
         let without = begin.elapsed();
-        // It stays cut for a while, in which it must not acknowledge anything.
+        // They stay cut for a while, in which they must not acknowledge anything.
         std::thread::sleep(Duration::from_secs(3));
         healed.store(true, Ordering::Release);
-        heal(&cluster, 0, &Nic::ALL);
-        let all = writer.join().expect("writer");
-        let last = all.last().copied().unwrap_or_default();
-        eprintln!(
-            "others went on after {without:?}, {} acknowledgements, the last after {last:?}",
-            all.len()
-        );
-        assert!(last < without, "acknowledged {last:?} after the cut, others went on at {without:?}");
-        last
+        hosts.iter().for_each(|host| heal(&cluster, *host, nics));
+        writers
+            .into_iter()
+            .map(|w| {
+                let all = w.join().expect("writer");
+                let last = all.last().copied().unwrap_or_default();
+                eprintln!(
+                    "others went on after {without:?}, {} acknowledgements, the last after {last:?}",
+                    all.len()
+                );
+                assert!(last < without, "acknowledged {last:?} after the cut, others went on at {without:?}");
+                last
+            })
+            .collect::<Vec<Duration>>()
     });
     cluster.wait_members(3);
-    cluster.wait_status(0, ClusterStatus::Ok);
+    hosts.iter().for_each(|host| cluster.wait_status(*host, ClusterStatus::Ok));
     cluster.wait_recovered();
-    // What it acknowledged before the others went on is there, read through another node.
-    let mut client = cluster.nodes[1].client();
-    let read = vdi.read(&mut client, held[0][0] << 22, 4096).expect("read");
-    assert!(acknowledged.is_zero() || read == [2; 4096]);
+    // Read through another node.
+    let mut client = cluster.nodes[other].client();
+    for (host, last) in hosts.iter().zip(acknowledged) {
+        let read = vdi.read(&mut client, held[*host][0] << 22, 4096).expect("read");
+        assert!(last.is_zero() || read == [2; 4096], "host {host}");
+    }
 }
 
 #[test]

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use sheepdog_proto::{ClusterInfo, MAX_CLUSTER_MESSAGE, NodeId, NodeRecord};
 use thiserror::Error;
 
 use crate::Lock;
+use crate::clock::Moment;
 
 /// A boxed future, so that drivers can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -115,26 +115,29 @@ impl<T: Default> std::fmt::Debug for Answer<T> {
 /// so that a process that was stopped finds it ended before it does anything else.
 #[derive(Debug)]
 pub struct Lease {
-    base: Instant,
-    /// Milliseconds after `base`.
+    /// Milliseconds of [`Moment`].
     until: AtomicU64,
 }
 
 impl Lease {
     /// A lease that has ended.
     pub(crate) fn new() -> Lease {
-        Lease { base: Instant::now(), until: AtomicU64::new(0) }
+        Lease { until: AtomicU64::new(0) }
     }
 
     /// Whether it has not ended.
     pub fn is_fresh(&self) -> bool {
-        self.base.elapsed().as_millis() < u128::from(self.until.load(Ordering::Acquire))
+        Moment::now().as_millis() < self.until.load(Ordering::Acquire)
     }
 
     /// Lets it end at `until`.
-    pub(crate) fn extend(&self, until: Instant) {
-        let until = until.saturating_duration_since(self.base).as_millis();
-        self.until.store(u64::try_from(until).unwrap_or(u64::MAX), Ordering::Release);
+    pub(crate) fn extend(&self, until: Moment) {
+        self.until.store(until.as_millis(), Ordering::Release);
+    }
+
+    /// Ends it now.
+    pub(crate) fn end(&self) {
+        self.until.store(0, Ordering::Release);
     }
 }
 
@@ -271,6 +274,12 @@ pub enum DriverError {
         /// What is wrong.
         reason: String,
     },
+    /// The events that this process had not read were overwritten.
+    #[error(
+        "this process was stopped or had no time to run while {0} or more cluster events passed, and does not know \
+         them: it ends, start it again"
+    )]
+    MissedEvents(usize),
     /// SIGUSR1 is not blocked, so a peer's signal would kill the process.
     #[error("SIGUSR1 must be blocked before any thread starts")]
     SignalNotBlocked,
@@ -282,6 +291,9 @@ pub enum DriverError {
         /// The process that has it.
         pid: i32,
     },
+    /// The same, of a process that cannot be named.
+    #[error("{0} is already a member of the cluster")]
+    AddressTaken(NodeId),
     /// The cluster has as many members as the driver can list.
     #[error("the cluster already has {0} members")]
     Full(usize),
@@ -373,9 +385,12 @@ mod tests {
     fn a_lease_ends_at_its_time_and_has_ended_before_the_first() {
         let lease = Lease::new();
         assert!(!lease.is_fresh());
-        lease.extend(Instant::now() + Duration::from_secs(3600));
+        lease.extend(Moment::now().after(Duration::from_secs(3600)));
         assert!(lease.is_fresh());
-        lease.extend(Instant::now());
+        lease.extend(Moment::now());
+        assert!(!lease.is_fresh());
+        lease.extend(Moment::now().after(Duration::from_secs(3600)));
+        lease.end();
         assert!(!lease.is_fresh());
     }
 

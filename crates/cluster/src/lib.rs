@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod captures;
+mod clock;
 mod contract;
 mod corosync;
 mod local;

@@ -65,7 +65,9 @@ impl std::fmt::Debug for Lock {
 mod tests {
     use super::*;
     use std::sync::mpsc;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
+
+    use crate::clock::Moment;
 
     fn lock(alive: &Arc<()>, lease: Option<Arc<Lease>>) -> (Lock, mpsc::Receiver<oneshot::Sender<()>>) {
         let (ended, ends) = mpsc::channel();
@@ -93,7 +95,7 @@ mod tests {
         let (alive, lease) = (Arc::new(()), Arc::new(Lease::new()));
         let (held, ends) = lock(&alive, Some(lease.clone()));
         assert!(!held.is_held());
-        lease.extend(Instant::now() + Duration::from_secs(3600));
+        lease.extend(Moment::now().after(Duration::from_secs(3600)));
         assert!(held.is_held());
         drop(alive);
         assert!(!held.is_held());

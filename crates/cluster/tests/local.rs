@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use common::{Cluster, contract};
+use nix::sys::signal::Signal;
 
 /// A queue file of the test's own.
 struct Queue(tempfile::TempDir);
@@ -78,6 +79,31 @@ fn killed_members_are_noticed_though_nobody_reaps_them() {
         cluster.send(port, "notify end");
         cluster.wait(7001, &format!("notify 127.0.0.1:{port} end"));
         assert_eq!(cluster.log(port).iter().filter(|l| l.starts_with("leave")).count(), 1);
+    }
+}
+
+#[test]
+fn a_stopped_process_catches_up_with_less_than_a_ring_and_ends_after_more() {
+    for (count, ends) in [(499, false), (500, true), (1100, true)] {
+        let queue = Queue::new();
+        let mut cluster = queue.of(&[7001, 7002]);
+        cluster.may_fail = true;
+        cluster.settle("before");
+        cluster.signal(7002, Signal::SIGSTOP);
+        for i in 0..count {
+            cluster.send(7001, &format!("notify n{i}"));
+        }
+        cluster.wait(7001, &format!("notify 127.0.0.1:7001 n{}", count - 1));
+        cluster.signal(7002, Signal::SIGCONT);
+        if ends {
+            let line = cluster.wait(7002, "failed ");
+            assert!(line.contains("while 500 or more cluster events passed"), "{line}");
+            assert_eq!(cluster.count(7002, "notify 127.0.0.1:7001 n"), 0);
+        } else {
+            cluster.wait(7002, &format!("notify 127.0.0.1:7001 n{}", count - 1));
+            cluster.settle("end");
+            cluster.assert_one_history();
+        }
     }
 }
 

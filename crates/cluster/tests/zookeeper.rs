@@ -79,6 +79,19 @@ impl Raw {
     }
 }
 
+/// A JOIN as in the queue.
+fn join_entry(port: u16) -> Vec<u8> {
+    let mut join = vec![0; 983_256];
+    join[..8].copy_from_slice(&77_u64.to_le_bytes());
+    join[8] = 1;
+    let node = sheepdog_proto::NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), port);
+    let record = sheepdog_proto::NodeRecord { nid: node, ..sheepdog_proto::NodeRecord::zeroed() };
+    join[56..136].copy_from_slice(&record.to_bytes());
+    join[144..152].copy_from_slice(&491_568_u64.to_le_bytes());
+    join[160..168].copy_from_slice(&983_088_u64.to_le_bytes());
+    join
+}
+
 /// Numbers of the queue's entries.
 fn queue_numbers(zookeeper: &ZooKeeper) -> Vec<u64> {
     let names = Raw::connect(zookeeper).names("/queue");
@@ -127,6 +140,26 @@ fn a_newcomer_waits_for_the_block_that_was_granted_before_it_joined() {
     let zookeeper = ZooKeeper::start(1);
     let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001]);
     contract::a_newcomer_waits_for_the_block(&mut cluster);
+}
+
+/// Nobody is left to write that the holder died, and the one that comes back second finds its BLOCK in the queue.
+#[test]
+fn a_block_of_before_all_died_holds_up_nobody() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, 1000, &[7001, 7002, 7003]);
+    for port in [7001, 7002] {
+        cluster.send(port, "block");
+    }
+    cluster.wait(7001, "granted");
+    cluster.settle("asked");
+    for port in [7001, 7002, 7003] {
+        cluster.signal(port, Signal::SIGSTOP);
+    }
+    for port in [7001, 7002, 7003] {
+        cluster.kill(port);
+    }
+    cluster.join_all(&[7001, 7002, 7003]);
+    contract::one_block_at_a_time(&mut cluster, 2);
 }
 
 #[test]
@@ -236,6 +269,75 @@ fn a_second_process_with_the_address_of_a_living_one_is_refused() {
         "error join: Previous zookeeper session exist, shoot myself. Please wait for 1 seconds to join me again."
     );
     cluster.settle("unharmed");
+}
+
+/// It looked for the member before that was one.
+#[test]
+fn a_join_with_the_address_of_a_living_member_is_refused_and_harms_nobody() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001, 7002]);
+    let raw = Raw::connect(&zookeeper);
+    for port in [7001, 7002] {
+        raw.create("/queue/", &join_entry(port), zookeeper_client::CreateMode::PersistentSequential);
+    }
+    cluster.join(7003);
+    cluster.wait(7003, "accept 127.0.0.1:7003 ");
+    cluster.settle("end");
+    cluster.assert_one_history();
+    for port in [7001, 7002] {
+        assert_eq!(cluster.count(port, "leave "), 0);
+        assert_eq!(cluster.count(port, "failed "), 0);
+    }
+}
+
+#[test]
+fn of_two_processes_with_one_address_started_together_one_is_a_member() {
+    let zookeeper = ZooKeeper::start(1);
+    for (id, first) in [("alone", &[][..]), ("others", &[7001, 7002][..])] {
+        let mut cluster = Cluster::of(spec(&zookeeper, id, 1000), first);
+        let mut double = [0, 1].map(|_| Cluster::new(spec(&zookeeper, id, 1000)));
+        for one in &mut double {
+            one.may_fail = true;
+            one.start(7003);
+        }
+        double.iter_mut().for_each(|one| one.send(7003, "join"));
+        let refused = |one: &Cluster| one.count(7003, "failed ") + one.count(7003, "error join") > 0;
+        let mut refused_one = || {
+            double.iter_mut().for_each(Cluster::drain);
+            double.iter().position(refused)
+        };
+        let index = sheepdog_testkit::wait_for(
+            "one to be refused",
+            sheepdog_testkit::wait::DEADLINE,
+            &mut refused_one,
+        );
+        let member = &mut double[1 - index];
+        member.send(7003, "notify here");
+        member.wait(7003, "notify 127.0.0.1:7003 here");
+        for port in first {
+            cluster.wait(*port, "notify 127.0.0.1:7003 here");
+            cluster.send(*port, "notify end");
+            double[1 - index].wait(7003, &format!("notify 127.0.0.1:{port} end"));
+        }
+        assert!(!refused(&double[1 - index]));
+    }
+}
+
+/// Its LEAVE is behind the JOIN, which nobody answers but the joiner when the member is gone.
+#[test]
+fn the_only_member_leaves_although_somebody_waits_to_join() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, TIMEOUT, &[7001]);
+    cluster.send(7001, "decline");
+    cluster.wait(7001, "declining");
+    cluster.join(7002);
+    cluster.wait(7001, "join 127.0.0.1:7002 ");
+    cluster.send(7001, "leave");
+    let accepted = cluster.wait(7002, "accept 127.0.0.1:7002 ");
+    assert!(accepted.contains("members=127.0.0.1:7002 "), "{accepted}");
+    cluster.wait(7001, "leave 127.0.0.1:7001 members=127.0.0.1:7002");
+    cluster.send(7002, "notify end");
+    cluster.wait(7001, "notify 127.0.0.1:7002 end");
 }
 
 #[test]
@@ -421,21 +523,15 @@ fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     // The member and master does not answer any more, and somebody has asked to join.
     raw.create("/master/0000000000", &string(7008), Ephemeral);
     raw.create("/member/IPv4 ip:127.0.0.1 port:7008", &[0; 24], Ephemeral);
-    let mut join = vec![0; 983_256];
-    join[..8].copy_from_slice(&77_u64.to_le_bytes());
-    join[8] = 1;
-    let node = sheepdog_proto::NodeId::new(std::net::Ipv4Addr::LOCALHOST.into(), 7009);
-    let record = sheepdog_proto::NodeRecord { nid: node, ..sheepdog_proto::NodeRecord::zeroed() };
-    join[56..136].copy_from_slice(&record.to_bytes());
-    join[144..152].copy_from_slice(&491_568_u64.to_le_bytes());
-    join[160..168].copy_from_slice(&983_088_u64.to_le_bytes());
-    raw.create("/queue/", &join, PersistentSequential);
+    raw.create("/queue/", &join_entry(7009), PersistentSequential);
     let mut cluster = Cluster::new(spec(&zookeeper, "test", TIMEOUT));
     cluster.join(7001);
     sheepdog_testkit::wait("the newcomer to ask", || raw.names("/queue").len() == 2);
     let number = || {
         let mut numbers = raw.names("/master").into_iter();
-        numbers.find(|n| raw.get(&format!("/master/{n}")).0.starts_with(b"IPv4 ip:127.0.0.1 port:7001"))
+        // Meanwhile one may be gone.
+        let data = |n: &str| raw.runtime.block_on(raw.client.get_data(&format!("/master/{n}"))).ok();
+        numbers.find(|n| data(n).is_some_and(|(data, _)| data.starts_with(b"IPv4 ip:127.0.0.1 port:7001")))
     };
     let first = number().expect("it competes");
     // The one that asked first was slower to compete.
@@ -450,6 +546,27 @@ fn a_newcomer_makes_way_for_a_candidate_that_asked_before_it() {
     let accepted = cluster.wait(7001, "accept 127.0.0.1:7001 ");
     assert!(accepted.contains("members=127.0.0.1:7001 "), "{accepted}");
     cluster.settle("end");
+}
+
+/// What an operator's slip does: nobody goes on as a member that hears nothing.
+#[test]
+fn members_whose_queue_is_removed_end_with_one_clear_line() {
+    let zookeeper = ZooKeeper::start(1);
+    let mut cluster = cluster_of(&zookeeper, 1000, &[7001, 7002]);
+    cluster.may_fail = true;
+    let raw = Raw::connect(&zookeeper);
+    for number in raw.names("/queue") {
+        raw.delete(&format!("/queue/{number}"));
+    }
+    raw.delete("/queue");
+    for port in [7001, 7002] {
+        let line = cluster.wait(port, "failed ");
+        let start = format!("failed zk server {}: reading the queue: ", zookeeper.hosts());
+        assert!(line.starts_with(&start), "{line}");
+        cluster.send(port, "notify x");
+        cluster.wait(port, "error notify: not a member of the cluster");
+        assert_eq!(cluster.count(port, "failed"), 1);
+    }
 }
 
 #[test]

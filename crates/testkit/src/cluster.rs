@@ -43,6 +43,7 @@ pub struct Builder {
     format: Option<ClusterRequest>,
     store: String,
     driver: TestDriver,
+    servers: usize,
     hosts: bool,
 }
 
@@ -92,6 +93,7 @@ impl Builder {
             format: Some(format),
             store: "plain".into(),
             driver: TestDriver::from_env(),
+            servers: 1,
             hosts: false,
         }
     }
@@ -183,6 +185,12 @@ impl Builder {
         self
     }
 
+    /// As many ZooKeeper servers, 1 or 3.
+    pub fn servers(mut self, count: usize) -> Builder {
+        self.servers = count;
+        self
+    }
+
     /// Use a corosync of the cluster's own, whatever `SHEEPDOG_TEST_DRIVER` says; inside [`crate::in_own_network`].
     pub fn corosync(mut self) -> Builder {
         self.driver = TestDriver::Corosync;
@@ -225,7 +233,7 @@ impl Builder {
             TestDriver::Local => format!("local:{}", root.path().join("shm").display()),
             TestDriver::ZooKeeper(timeout) => {
                 let address = if self.hosts { "10.9.0.254" } else { "127.0.0.1" };
-                let server = ZooKeeper::start_on(address, 1);
+                let server = ZooKeeper::start_on(address, self.servers);
                 let driver = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
                 zookeeper = Some(server);
                 driver

@@ -97,6 +97,13 @@ impl ZooKeeper {
         }
     }
 
+    /// How many nodes of living sessions there are, as the first server knows.
+    pub fn ephemerals(&self) -> Option<u64> {
+        let text = self.servers[0].ask("mntr")?;
+        let line = text.lines().find_map(|l| l.strip_prefix("zk_ephemerals_count"))?;
+        line.trim().parse().ok()
+    }
+
     /// The number of the server that leads, in an ensemble.
     pub fn leader(&self) -> usize {
         let leads = |s: &Server| s.ask("srvr").is_some_and(|text| text.contains("Mode: leader"));

@@ -14,6 +14,8 @@ use super::layout::ProcessId;
 
 /// `CS_OK`.
 const OK: c_int = 1;
+/// `CS_ERR_LIBRARY`: there is no corosync.
+pub const LIBRARY: c_int = 2;
 /// `CS_ERR_TRY_AGAIN`.
 pub const TRY_AGAIN: c_int = 6;
 /// `CS_ERR_ACCESS`.

@@ -22,6 +22,7 @@ use super::layout::{Body, Message, Peer, ProcessId};
 use super::locks::{self, Locks};
 use super::queues::{Action, Queues};
 use super::{Mailbox, option_lost};
+use crate::clock::Moment;
 use crate::{Answer, DriverError, Event, Lease, Lock, Reply, Request};
 
 /// How often things are looked at that nobody announces.
@@ -67,9 +68,9 @@ struct Heartbeat {
     limit: Duration,
     interval: Duration,
     /// When the message before the last that came back was sent.
-    before: Option<Instant>,
+    before: Option<Moment>,
     /// When the one that is on its way was sent.
-    sent: Option<Instant>,
+    sent: Option<Moment>,
     next: Instant,
     /// What the daemon knows of the lease, once there was one.
     fresh: Option<bool>,
@@ -166,7 +167,7 @@ impl Member {
             }
         }
         // The right to acknowledge ends with the thread.
-        self.heartbeat.lease.extend(Instant::now());
+        self.heartbeat.lease.end();
     }
 
     fn sleep(&self, waker: &EventFd, wait: Duration) -> std::io::Result<()> {
@@ -186,7 +187,7 @@ impl Member {
 
     fn fail(&self, text: String) -> Flow {
         // Nothing is acknowledged any more, before anybody is told.
-        self.heartbeat.lease.extend(Instant::now());
+        self.heartbeat.lease.end();
         let _ = self.events.send(Event::Failed(text));
         Err(End)
     }
@@ -376,10 +377,11 @@ impl Member {
             && let Some(sent) = h.sent.take()
             && let Some(before) = h.before.replace(sent)
         {
-            h.lease.extend(before + h.limit);
+            h.lease.extend(before.after(h.limit));
         }
+        let sent = Moment::now();
         if self.queues.is_some() && h.sent.is_none() && h.next <= now && h.group.send(b"token").is_ok() {
-            h.sent = Some(now);
+            h.sent = Some(sent);
         }
         let fresh = h.lease.is_fresh();
         if h.next <= now {

@@ -19,7 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
 use crate::{BoxFuture, Driver, DriverError, Event, Lease, Lock, Reply, Request};
-use ffi::{ACCESS, Code, Group, SECURITY, TRY_AGAIN};
+use ffi::{ACCESS, Code, Group, LIBRARY, SECURITY, TRY_AGAIN};
 use member::{Command, Member};
 
 /// The group of all sheep of a corosync cluster.
@@ -61,7 +61,7 @@ impl Mailbox {
 /// What is said when corosync went away.
 fn option_lost(code: Code) -> String {
     match code.0 {
-        2 => "corosync driver received EPOLLHUP event, exiting.".to_owned(),
+        LIBRARY => "corosync driver received EPOLLHUP event, exiting.".to_owned(),
         code => format!("cpg_dispatch returned {code}"),
     }
 }
@@ -79,8 +79,8 @@ fn connect(group: &str) -> Result<Group, DriverError> {
                 return Err(DriverError::Corosync("failed to initialize cpg - permission denied".to_owned()));
             }
             Err(Code(code)) => {
-                let text = format!("failed to initialize cpg ({code}) - is corosync running?");
-                return Err(DriverError::Corosync(text));
+                let hint = if matches!(code, LIBRARY | TRY_AGAIN) { " - is corosync running?" } else { "" };
+                return Err(DriverError::Corosync(format!("failed to initialize cpg ({code}){hint}")));
             }
         }
     }

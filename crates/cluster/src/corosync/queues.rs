@@ -174,7 +174,7 @@ impl Queues {
     /// The group changed.
     pub fn changed(&mut self, members: &[Changed], left: &[Changed], joined: &[Changed]) -> Vec<Action> {
         let mut actions = Vec::new();
-        let verdict = self.split(left).or_else(|| self.merge(members, joined));
+        let verdict = self.split(members, left).or_else(|| self.merge(members, joined));
         match verdict {
             Some(Action::Fail(text)) => return vec![Action::Fail(text)],
             Some(other) => actions.push(other),
@@ -212,14 +212,12 @@ impl Queues {
     }
 
     /// A part of the members was lost with their nodes: the smaller part ends. Processes that ended by themselves do
-    /// not count, they cannot be on another side.
-    fn split(&self, left: &[Changed]) -> Option<Action> {
-        let listed = |m: &&Peer, lost: bool| {
-            left.iter().any(|l| l.process == m.process && (l.reason == Reason::NodeDown) == lost)
-        };
-        let here: Vec<&Peer> =
-            self.members.iter().filter(|m| !listed(m, true) && !listed(m, false)).collect();
-        let lost: Vec<&Peer> = self.members.iter().filter(|m| listed(m, true)).collect();
+    /// not count, they cannot be on another side, and neither do those whose end waits to be handled.
+    fn split(&self, present: &[Changed], left: &[Changed]) -> Option<Action> {
+        let is_lost = |m: &&Peer| left.iter().any(|l| l.process == m.process && l.reason == Reason::NodeDown);
+        let is_here = |m: &&Peer| present.iter().any(|p| p.process == m.process);
+        let here: Vec<&Peer> = self.members.iter().filter(is_here).collect();
+        let lost: Vec<&Peer> = self.members.iter().filter(is_lost).collect();
         if lost.is_empty() || here.len() > lost.len() {
             return None;
         }

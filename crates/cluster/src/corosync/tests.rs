@@ -352,6 +352,25 @@ fn the_smaller_part_of_a_cut_ends_and_the_lower_half_of_an_even_one_stays() {
 }
 
 #[test]
+fn members_whose_end_waits_behind_a_join_are_on_neither_side_of_a_cut() {
+    // 6 never asks to join, so nothing behind it is handled; 3, 4 and 5 end, and then 1 and 2 are cut from each other.
+    let goes_on = |n: u32, here: &[u32], lost: &[u32]| {
+        let mut ring = Ring::of(5);
+        ring.enter(6);
+        ring.lose(&[3, 4, 5], Reason::Process);
+        let changed = |list: &[u32], reason| {
+            list.iter().map(|n| Changed { process: process(*n), reason }).collect::<Vec<_>>()
+        };
+        let (here, lost) = (changed(here, Reason::Process), changed(lost, Reason::NodeDown));
+        let actions = ring.of_mut(n).changed(&here, &lost, &[]);
+        ring.act(n, actions);
+        !ring.log(n).iter().any(|l| l.starts_with("fail a number of leaving node"))
+    };
+    assert!(goes_on(1, &[1, 6], &[2]));
+    assert!(!goes_on(2, &[2], &[1, 6]));
+}
+
+#[test]
 fn of_two_parts_that_meet_the_smaller_ends() {
     let meet = |ours: &[u32], theirs: &[u32]| {
         let mut ring = Ring::new();

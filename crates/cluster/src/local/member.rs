@@ -21,7 +21,7 @@ use super::layout::{
     next,
 };
 use super::liveness::Liveness;
-use super::queue::{Locked, QueueFile};
+use super::queue::{Locked, Mark, QueueFile};
 use super::wake::Sleeper;
 use crate::{Answer, DriverError, Event, Reply, Request};
 
@@ -29,7 +29,7 @@ type Result<T> = std::result::Result<T, DriverError>;
 /// How often dead processes are looked for, questions answered "no" repeated, and the write quota renewed.
 const TICK: Duration = Duration::from_millis(50);
 /// Most events that all processes together write to a ring in one [`TICK`]: readers that wake up at least that often
-/// are never a whole ring behind, which they could not notice.
+/// are never a whole ring behind, which ends them.
 const TICK_QUOTA: usize = 400;
 /// Most unconsumed block events, with room for what others write at the same moment.
 const MAX_PENDING_BLOCKS: usize = SLOTS - 50;
@@ -72,6 +72,8 @@ pub struct Member {
     /// Our ACCEPT was read.
     joined: bool,
     nonblock_pos: usize,
+    /// Of the event there: another one means that more than a ring was written meanwhile.
+    last_read: Option<Mark>,
     block_pos: usize,
     join_asked: Option<Asked>,
     block_asked: Option<Asked>,
@@ -98,6 +100,7 @@ impl Member {
             me: None,
             joined: false,
             nonblock_pos: 0,
+            last_read: None,
             block_pos: 0,
             join_asked: None,
             block_asked: None,
@@ -121,7 +124,7 @@ impl Member {
         if !newest.is_empty() && !newest.iter().any(|n| self.liveness.alive(n.pid)) {
             file.reset()?;
         }
-        self.nonblock_pos = file.pos(NONBLOCK)?;
+        self.read_up_to(file, file.pos(NONBLOCK)?)?;
         self.block_pos = before_oldest_pending_block(file)?;
         self.tick_pos = [file.pos(BLOCK)?, self.nonblock_pos];
         Ok(())
@@ -256,7 +259,7 @@ impl Member {
             return Err(DriverError::Full(listed.len()));
         }
         // What was just written about the dead is history to us.
-        self.nonblock_pos = file.pos(NONBLOCK)?;
+        self.read_up_to(file, file.pos(NONBLOCK)?)?;
         self.block_pos = before_oldest_pending_block(file)?;
         let me = LocalNode { node, pid: std::process::id() as i32, gateway: 0 };
         self.append(file, NONBLOCK, EventKind::Join, me, info)?;
@@ -331,17 +334,35 @@ impl Member {
 
     // ---- reading ----
 
+    /// The events up to this slot are read.
+    fn read_up_to(&mut self, file: &Locked, slot: usize) -> Result<()> {
+        self.nonblock_pos = slot;
+        self.last_read = Some(file.mark(NONBLOCK, slot)?);
+        Ok(())
+    }
+
+    /// A process that was stopped, or had no time to run, does not find what was overwritten meanwhile.
+    fn check_not_lapped(&self, file: &Locked) -> Result<()> {
+        match &self.last_read {
+            Some(last) if *last != file.mark(NONBLOCK, self.nonblock_pos)? => {
+                Err(DriverError::MissedEvents(SLOTS))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads until nothing is left or the head waits for an answer. Nonblock events go first.
     fn read(&mut self) -> Result<()> {
         let Some(me) = self.me else { return Ok(()) };
         let queue = self.queue.clone();
         let file = queue.lock()?;
+        self.check_not_lapped(&file)?;
         loop {
             let flow = if self.nonblock_pos != file.pos(NONBLOCK)? {
                 let slot = next(self.nonblock_pos);
                 let flow = self.nonblock(&file, &me, slot)?;
                 if matches!(flow, Flow::Consumed) {
-                    self.nonblock_pos = slot;
+                    self.read_up_to(&file, slot)?;
                 }
                 flow
             } else if self.block_pos != file.pos(BLOCK)? {

@@ -5,6 +5,7 @@
 //! process holds the lock while it looks or writes. Nothing is synced to disk: the contents die with the machine.
 
 use std::fs::{File, OpenOptions};
+use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -79,6 +80,16 @@ impl QueueFile {
     }
 }
 
+/// By what an event is known again: what nobody changes any more once it is consumed. A JOIN that its reader passed over
+/// may become an ACCEPT later.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mark {
+    kind: u32,
+    sender: LocalNode,
+    nr_lnodes: u64,
+    buf: u64,
+}
+
 /// The file while its lock is held.
 #[derive(Debug)]
 pub struct Locked<'a> {
@@ -118,6 +129,22 @@ impl Locked<'_> {
     /// The head of an event, unchecked: its type may be 0 or nonsense.
     pub fn head(&self, ring: Ring, slot: usize) -> Result<EventHead> {
         Ok(EventHead::from_bytes(&self.read(ring.slot(slot))?))
+    }
+
+    /// The mark of an event, or of a slot never written.
+    pub fn mark(&self, ring: Ring, slot: usize) -> Result<Mark> {
+        let head = self.head(ring, slot)?;
+        let nr_lnodes = u64::from_le_bytes(self.read(ring.slot(slot) + NR_LNODES_OFF as u64)?);
+        let is_join = head.kind == EventKind::Join as u32;
+        let kind = if is_join { EventKind::Accept as u32 } else { head.kind };
+        let mut hasher = DefaultHasher::new();
+        if kind != EventKind::Accept as u32 {
+            let len = usize::try_from(head.buf_len).unwrap_or(BUF_LEN).min(BUF_LEN);
+            let mut buf = vec![0; len];
+            self.read_into(&mut buf, ring.slot(slot) + BUF_OFF as u64)?;
+            hasher.write(&buf);
+        }
+        Ok(Mark { kind, sender: head.sender, nr_lnodes, buf: hasher.finish() })
     }
 
     /// A whole event.

@@ -2,7 +2,8 @@
 //!
 //! A member decides by the lower numbers whose holders are members. A node that has not joined is master only if
 //! there is neither a lower number nor any member; finding a member above itself it takes a new, higher number, so that
-//! members of the original, which wait for every lower number, need not wait for it.
+//! members of the original, which wait for every lower number, need not wait for it. Numbers of the own address are
+//! those of another process unless they are of this session.
 
 use std::collections::{HashMap, HashSet};
 
@@ -50,9 +51,9 @@ enum Verdict {
     Renumber,
 }
 
-/// Judges the candidates `lower` than this node, in order of number.
+/// Judges the candidates `lower` than this node, in order of number. Of a member's address nobody else is one.
 fn judge(joined: bool, lower: &[(i64, NodeId)], members: &HashSet<NodeId>, me: &NodeId) -> Verdict {
-    let mut lower = lower.iter().filter(|(_, node)| node != me);
+    let mut lower = lower.iter().filter(|(_, node)| !joined || node != me);
     if let Some((number, _)) = lower.clone().find(|(_, node)| members.contains(node)) {
         return Verdict::Behind(*number);
     }
@@ -75,30 +76,47 @@ pub async fn compete(
         return Ok(());
     }
     let name = encode_node_string(&me);
-    let enter = || link.create("/master/", &name, CreateMode::EphemeralSequential);
-    let mut mine = enter().await?;
+    let mut mine = enter(&link, &name).await?;
     let mut known = HashMap::new();
+    // Took a new number, and nothing has changed since.
+    let mut renumbered = false;
     loop {
         let now = *progress.borrow_and_update();
         let joined = now == Progress::Joined;
         let (names, members_changed) = link.children_and_watch("/member").await?;
         let members: HashSet<NodeId> = names.iter().filter_map(|n| NodeId::parse(n)).collect();
-        let lower = candidates(&link, mine, &mut known).await?;
-        let mut verdict = judge(joined, &lower, &members, &me);
-        if let (Verdict::Master, Progress::Asked(join)) = (&verdict, now)
-            && others_wait_before(&link, join, &me, &mut known).await?
-        {
-            verdict = Verdict::Renumber;
-        }
+        let lower = others(&link, mine, &mut known).await?;
+        let verdict = judge(joined, &lower, &members, &me);
+        let others_come_first = match (&verdict, now) {
+            (Verdict::Master, Progress::Asked(join)) => others_wait_before(&link, join, &mut known).await?,
+            (Verdict::Master, Progress::Competing) => {
+                let end = link.next_number().await?;
+                others_wait_before(&link, end, &mut known).await?
+            }
+            _ => false,
+        };
+        let was_renumbered = std::mem::take(&mut renumbered);
         let blocker = match verdict {
+            Verdict::Master if others_come_first => {
+                mine = renumber(&link, mine, &name).await?;
+                continue;
+            }
             Verdict::Master => {
                 tracing::info!("this node answers joins from now on");
                 standing.send_replace(Standing::Master);
                 return Ok(());
             }
+            Verdict::Renumber if !was_renumbered => {
+                mine = renumber(&link, mine, &name).await?;
+                renumbered = true;
+                continue;
+            }
+            // A member without a number: it is leaving.
             Verdict::Renumber => {
-                link.delete(&path(mine)).await?;
-                mine = enter().await?;
+                tokio::select! {
+                    _ = members_changed.changed() => {}
+                    changed = progress.changed() => if changed.is_err() { return Ok(()) },
+                }
                 continue;
             }
             Verdict::Behind(number) => {
@@ -123,13 +141,32 @@ pub async fn compete(
     }
 }
 
-/// Removes all numbers of `me`.
-pub async fn withdraw(link: &Link, me: &NodeId) -> Result<(), Fault> {
-    let candidates = candidates(link, i64::MAX, &mut HashMap::new()).await?;
-    for (number, _) in candidates.iter().filter(|(_, node)| node == me) {
-        link.delete(&path(*number)).await?;
+async fn enter(link: &Link, name: &[u8]) -> Result<i64, Fault> {
+    link.create("/master/", name, CreateMode::EphemeralSequential).await
+}
+
+/// Gives the number `mine` up for a new one.
+async fn renumber(link: &Link, mine: i64, name: &[u8]) -> Result<i64, Fault> {
+    link.delete(&path(mine)).await?;
+    enter(link, name).await
+}
+
+/// Removes all numbers of this session.
+pub async fn withdraw(link: &Link) -> Result<(), Fault> {
+    for candidate in candidates(link, i64::MAX, &mut HashMap::new()).await? {
+        if candidate.session == link.session {
+            link.delete(&path(candidate.number)).await?;
+        }
     }
     Ok(())
+}
+
+/// Who holds a number.
+#[derive(Clone, Copy)]
+struct Candidate {
+    number: i64,
+    node: NodeId,
+    session: i64,
 }
 
 fn path(number: i64) -> String {
@@ -140,41 +177,51 @@ fn path(number: i64) -> String {
 async fn candidates(
     link: &Link,
     end: i64,
-    known: &mut HashMap<i64, NodeId>,
-) -> Result<Vec<(i64, NodeId)>, Fault> {
+    known: &mut HashMap<i64, Candidate>,
+) -> Result<Vec<Candidate>, Fault> {
     let names = link.children("/master").await?;
     let mut numbers: Vec<i64> = names.iter().filter_map(|n| n.parse().ok()).filter(|n| *n < end).collect();
     numbers.sort_unstable();
     let mut found = Vec::new();
     for number in numbers {
-        let node = match known.get(&number) {
-            Some(node) => *node,
+        let candidate = match known.get(&number) {
+            Some(candidate) => *candidate,
             None => {
-                let Some((data, _)) = link.get(&path(number)).await? else { continue };
+                let Some((data, stat)) = link.get(&path(number)).await? else { continue };
                 let Some(node) = decode_node_string(&data) else { continue };
-                known.insert(number, node);
-                node
+                let candidate = Candidate { number, node, session: stat.ephemeral_owner };
+                known.insert(number, candidate);
+                candidate
             }
         };
-        found.push((number, node));
+        found.push(candidate);
     }
     Ok(found)
 }
 
-/// Whether a living candidate's JOIN comes before ours and has no answer. This node reads the queue from its own JOIN
+/// The same without those of this session.
+async fn others(
+    link: &Link,
+    end: i64,
+    known: &mut HashMap<i64, Candidate>,
+) -> Result<Vec<(i64, NodeId)>, Fault> {
+    let found = candidates(link, end, known).await?.into_iter();
+    Ok(found.filter(|c| c.session != link.session).map(|c| (c.number, c.node)).collect())
+}
+
+/// Whether a living candidate's JOIN comes before `join`, where ours is or will be at the earliest, and has no answer. This node reads the queue from its own JOIN
 /// on and would never answer it; the other one answers both.
 async fn others_wait_before(
     link: &Link,
     join: i64,
-    me: &NodeId,
-    known: &mut HashMap<i64, NodeId>,
+    known: &mut HashMap<i64, Candidate>,
 ) -> Result<bool, Fault> {
     let waiting = queue::open_joins(link, join).await?;
     if waiting.is_empty() {
         return Ok(false);
     }
-    let living = candidates(link, i64::MAX, known).await?;
-    Ok(living.iter().any(|(_, node)| node != me && waiting.contains(node)))
+    let living = others(link, i64::MAX, known).await?;
+    Ok(living.iter().any(|(_, node)| waiting.contains(node)))
 }
 
 #[cfg(test)]
@@ -188,7 +235,10 @@ mod tests {
         let table = [
             // joined, lower candidates, members, verdict
             (false, vec![], vec![], Verdict::Master),
-            (false, vec![(0, 9)], vec![9], Verdict::Master),
+            (false, vec![], vec![9], Verdict::Master),
+            (false, vec![(0, 9)], vec![], Verdict::Undecided(0)),
+            (false, vec![(0, 9)], vec![9], Verdict::Behind(0)),
+            (true, vec![(0, 9)], vec![9], Verdict::Master),
             (false, vec![(0, 1)], vec![], Verdict::Undecided(0)),
             (false, vec![(0, 1)], vec![1], Verdict::Behind(0)),
             (false, vec![(0, 1), (1, 2)], vec![2], Verdict::Behind(1)),

@@ -1,7 +1,7 @@
 //! What the queue's entries mean: members and holders of the mutex as functions of the position (spec 04, 12.5, 12.7,
 //! 12.8). Pure: every member that applies the same entries gets the same events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use sheepdog_proto::{NodeId, NodeRecord};
 
@@ -70,13 +70,31 @@ impl History {
 }
 
 /// What an entry does to the list of those who have or want the mutex. An UNBLOCK of anybody but the holder changes
-/// nothing.
+/// nothing. An ACCEPT ends what its node asked for in an earlier life, and whatever those asked for whom nobody buried
+/// because all died together.
 pub fn advance_blocks(blocks: &mut Vec<NodeId>, entry: &Entry) {
     let nid = entry.sender.nid;
-    match entry.body {
+    match &entry.body {
         Body::Block => blocks.push(nid),
         Body::Unblock(_) if blocks.first() == Some(&nid) => drop(blocks.remove(0)),
         Body::Leave => blocks.retain(|n| *n != nid),
+        Body::Accept(_, before) => blocks.retain(|n| *n != nid && before.iter().any(|m| m.nid == *n)),
         _ => {}
     }
+}
+
+/// The number of the oldest BLOCK of `members` among `entries`, which lack the ACCEPTs, that one of these may have
+/// ended. An UNBLOCK counts for its sender's last BLOCK: the one before may be of an earlier life.
+pub fn oldest_open_block(entries: &[(i64, Entry)], members: &[NodeRecord]) -> Option<i64> {
+    let mut open: HashMap<NodeId, Vec<i64>> = HashMap::new();
+    for (number, entry) in entries {
+        let blocks = open.entry(entry.sender.nid).or_default();
+        match entry.body {
+            Body::Block => blocks.push(*number),
+            Body::Unblock(_) => drop(blocks.pop()),
+            Body::Leave => blocks.clear(),
+            _ => {}
+        }
+    }
+    members.iter().filter_map(|m| open.get(&m.nid)?.first().copied()).min()
 }

@@ -18,6 +18,7 @@ use zookeeper_client::{
 };
 
 use super::option::Options;
+use crate::clock::Moment;
 use crate::{DriverError, Event, Lease};
 
 /// Between two attempts to connect or to repeat a request.
@@ -181,6 +182,11 @@ impl Link {
         }
     }
 
+    /// How long nobody can take this session for over once the ensemble has answered in it.
+    pub fn confirmed_for(&self) -> Duration {
+        self.timeout * 2 / 3
+    }
+
     /// Waits for the end of the session.
     pub async fn lost(&self) {
         let mut phase = self.phase.clone();
@@ -271,21 +277,28 @@ fn absent<T>(result: Result<T, Fault>) -> Result<Option<T>, Fault> {
     }
 }
 
-/// Renews the lease, and reports when the session has not been confirmed for 2/3 of its timeout, and when it is confirmed again. Confirmed is
-/// the moment at which a request was *sent* that the ensemble's leader answered: the session cannot have been older then.
-pub async fn fence(link: Link, lease: Arc<Lease>, events: mpsc::UnboundedSender<Event>) {
-    let limit = link.timeout * 2 / 3;
+/// Renews the lease as long as this node is a member, and reports when the session has not been confirmed for 2/3 of its
+/// timeout, and when it is confirmed again. Confirmed is the moment at which a request was *sent* that the ensemble's
+/// leader answered: the session cannot have been older then.
+pub async fn fence(
+    link: Link,
+    lease: Arc<Lease>,
+    is_member: impl Fn() -> bool,
+    events: mpsc::UnboundedSender<Event>,
+) {
+    let limit = link.confirmed_for();
     let (confirm, mut confirmed) = watch::channel(Instant::now());
-    lease.extend((*confirmed.borrow() + limit).into_std());
     let probe = async {
         let mut tick = tokio::time::interval(link.timeout / 12);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             let Ok(client) = link.client().await else { return };
-            let sent = Instant::now();
+            let (sent, at) = (Instant::now(), Moment::now());
             if let Ok(Ok(())) = tokio::time::timeout(link.timeout / 3, client.sync("/queue")).await {
-                lease.extend((sent + limit).into_std());
+                if is_member() {
+                    lease.extend(at.after(limit));
+                }
                 confirm.send_replace(sent);
             }
         }

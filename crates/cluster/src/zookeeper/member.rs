@@ -76,7 +76,10 @@ impl Member {
             tokio::select! {
                 biased;
                 command = self.commands.recv() => match command {
-                    None | Some(Command::Stop) => return,
+                    None | Some(Command::Stop) => {
+                        self.lease.end();
+                        return;
+                    }
                     Some(command) => self.command(command).await,
                 },
                 read = next_read(&mut self.session) => self.read(read).await,
@@ -92,6 +95,7 @@ impl Member {
             Some(read) => match session.handle(read).await {
                 Ok(Outcome::On) => {}
                 Ok(Outcome::Expelled) => self.lose(),
+                Ok(Outcome::Taken) => self.taken(),
                 Err(fault) => self.fault(fault),
             },
         }
@@ -118,10 +122,7 @@ impl Member {
                 }
                 Ok(())
             }
-            Command::Input(g, input) if g == generation => {
-                self.input(input);
-                Ok(())
-            }
+            Command::Input(g, input) if g == generation => self.input(input).await,
             _ => Ok(()),
         };
         if let Err(fault) = result {
@@ -129,24 +130,18 @@ impl Member {
         }
     }
 
-    fn input(&mut self, input: Input) {
-        let Some(session) = self.session.as_mut() else { return };
+    async fn input(&mut self, input: Input) -> Result<(), Fault> {
+        let Some(session) = self.session.as_mut() else { return Ok(()) };
         match input {
             Input::Entered(Ok(join)) => session.entered(join),
-            Input::Entered(Err(error)) => {
-                let reply = session.joining.take();
-                self.session = None;
-                if self.lost_one {
-                    let _ = self.events.send(Event::Failed(error.to_string()));
-                }
-                if let Some(reply) = reply {
-                    let _ = reply.send(Err(error));
-                }
-            }
-            Input::Elected | Input::AskAgain => session.look_again(),
+            Input::Entered(Err(error)) => self.fail(error),
+            Input::Refused(what, e) => self.refused(format!("{what}: {e}")),
+            Input::Elected | Input::AskAgain => return session.look_again().await,
             Input::Death(node, end) => session.death(node, end),
+            Input::Back(node) => session.back(node),
             Input::Lost => self.lose(),
         }
+        Ok(())
     }
 
     async fn request(&mut self, request: Request, reply: oneshot::Sender<Reply>) -> Result<(), Fault> {
@@ -199,10 +194,32 @@ impl Member {
     fn fault(&mut self, fault: Fault) {
         match fault {
             Fault::Lost => self.lose(),
-            Fault::Refused(e) => {
-                let _ = self.events.send(Event::Failed(format!("zk server {}: {e}", self.options.hosts)));
-                self.session = None;
-            }
+            Fault::Refused(e) => self.refused(e.to_string()),
+        }
+    }
+
+    /// The member of this address is another process.
+    fn taken(&mut self) {
+        if let Some(nid) = self.session.as_ref().map(Session::nid) {
+            self.fail(DriverError::AddressTaken(nid));
+        }
+    }
+
+    /// A server does not do what this node needs.
+    fn refused(&mut self, reason: String) {
+        self.fail(DriverError::Ensemble { hosts: self.options.hosts.clone(), reason });
+    }
+
+    /// Ends the session for good. The first join returns the reason, later the daemon ends with it.
+    fn fail(&mut self, error: DriverError) {
+        let Some(mut session) = self.session.take() else { return };
+        self.lease.end();
+        let reply = session.joining.take();
+        if self.lost_one || reply.is_none() {
+            let _ = self.events.send(Event::Failed(error.to_string()));
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(error));
         }
     }
 
@@ -210,6 +227,8 @@ impl Member {
     /// under way has succeeded in so far as the daemon joins again.
     fn lose(&mut self) {
         let Some(mut session) = self.session.take() else { return };
+        // Before anybody is told: a later session's lease says nothing about what was written in this one.
+        self.lease.end();
         self.lost_one = true;
         if session.leaving {
             let text = "the zookeeper session of this node, which had left the cluster, was lost";

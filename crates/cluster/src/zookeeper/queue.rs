@@ -8,14 +8,21 @@ use sheepdog_proto::{NodeId, NodeRecord};
 use tokio::sync::{mpsc, oneshot};
 use zookeeper_client::CreateMode;
 
+use super::history;
 use super::layout::{Body, Entry, JOIN_LEN, decode_position, queue_path};
 use super::link::{Fault, Link, RETRY, open_to_all};
+use super::session::Input;
+use super::tasks::Tell;
 use crate::DriverError;
 
 /// How far back a joiner looks for what is still open, and how many entries outlive the oldest checkpoint.
 pub const KEPT: i64 = 1000;
 /// Requests under way at the same time when many entries are looked at.
 const BATCH: usize = 100;
+/// A write that fails so often in a row is not hit by a dying server.
+const SUSPICIOUS: u64 = 10;
+/// Requests for JOINs and ACCEPTs under way at the same time, of a megabyte each.
+const LARGE_BATCH: usize = 4;
 
 /// What the reader has to tell.
 pub enum Read {
@@ -89,7 +96,9 @@ async fn wait_for(link: &Link, path: &str, number: i64, out: &mpsc::Sender<Read>
         if tokio::time::timeout(link.timeout, &mut created).await.is_ok() {
             return Ok(true);
         }
-        if link.next_number().await? > number && link.stat(path).await?.is_none() {
+        // Less than what was read: somebody has removed the queue, and there is a new one.
+        let next = link.next_number().await?;
+        if next < number || next > number && link.stat(path).await?.is_none() {
             let _ = out.send(Read::Gap(number)).await;
             return Ok(false);
         }
@@ -101,12 +110,21 @@ async fn wait_for(link: &Link, path: &str, number: i64, out: &mpsc::Sender<Read>
 pub async fn push(link: &Link, entry: &Entry, from: i64) -> Result<i64, Fault> {
     let data = entry.encode();
     let options = open_to_all(CreateMode::PersistentSequential);
+    let mut attempt = 0_u64;
     loop {
+        attempt += 1;
         let client = link.client().await?;
         match client.create("/queue/", &data, &options).await {
             Ok((_, number)) => return Ok(number.into_i64()),
             Err(e) if super::link::is_answer(&e) => return Err(Fault::Refused(e)),
             Err(e) => tracing::debug!("outcome of a write unknown: {e}"),
+        }
+        if attempt.is_multiple_of(SUSPICIOUS) {
+            tracing::warn!(
+                "zookeeper has closed the connection {attempt} times instead of taking an entry of {} bytes: is \
+                 jute.maxbuffer of the servers smaller?",
+                data.len()
+            );
         }
         tokio::time::sleep(RETRY).await;
         link.sync().await?;
@@ -132,67 +150,107 @@ pub async fn write(
     link: Link,
     mut orders: mpsc::UnboundedReceiver<Write>,
     position: Arc<AtomicI64>,
+    tell: Tell,
 ) -> Result<(), Fault> {
     while let Some(order) = orders.recv().await {
         let (body, sender, reply) = match order {
-            Write::Entry(body, sender, reply) => (body, sender, Some(reply)),
+            Write::Entry(body, sender, reply) => (body, sender, reply),
             Write::Bury(nid) => {
+                // A server that lags does not know yet that it is back.
+                link.sync().await?;
                 if link.stat(&super::layout::member_path(&nid)).await?.is_some() {
+                    tell.tell(Input::Back(nid));
                     continue;
                 }
-                (Body::Leave, NodeRecord { nid, ..NodeRecord::zeroed() }, None)
+                (Body::Leave, NodeRecord { nid, ..NodeRecord::zeroed() }, oneshot::channel().0)
             }
         };
+        // Without them everybody waits for this node, or for one that is dead.
+        let needed = matches!(body, Body::Leave | Body::Unblock(_));
         let entry = Entry { id: rand::random(), sender, body };
         let result = push(&link, &entry, position.load(Ordering::Relaxed)).await;
         let answer = match result {
             Ok(_) => Ok(()),
             Err(Fault::Lost) => return Err(Fault::Lost),
+            Err(fault) if needed => return Err(fault),
             Err(Fault::Refused(e)) => {
                 Err(DriverError::Ensemble { hosts: "queue".into(), reason: e.to_string() })
             }
         };
-        match reply {
-            Some(reply) => drop(reply.send(answer)),
-            None => drop(answer.map_err(|e| tracing::error!("{e}"))),
-        }
+        let _ = reply.send(answer);
     }
     Ok(())
 }
 
-/// Entries of the last [`KEPT`] numbers before `end` that `wanted` picks by length and version, in order.
-async fn look_back(link: &Link, end: i64, wanted: fn(usize, i32) -> bool) -> Result<Vec<Entry>, Fault> {
+/// What is known of an entry without reading it.
+struct Found {
+    number: i64,
+    len: usize,
+    version: i32,
+}
+
+/// The entries that are left of the last [`KEPT`] numbers before `end`, in order.
+async fn look_back(link: &Link, end: i64) -> Result<Vec<Found>, Fault> {
     let numbers: Vec<i64> = ((end - KEPT).max(0)..end).collect();
-    let mut entries = Vec::new();
+    let mut found = Vec::new();
     for batch in numbers.chunks(BATCH) {
         let paths: Vec<String> = batch.iter().map(|n| queue_path(*n)).collect();
         let stats = try_join_all(paths.iter().map(|p| link.stat(p))).await?;
-        let picked = paths.iter().zip(stats).filter(|(_, stat)| {
-            stat.is_some_and(|s| wanted(usize::try_from(s.data_length).unwrap_or(0), s.version))
-        });
-        for (path, _) in picked {
-            let Some((data, _)) = link.get(path).await? else { continue };
-            entries.extend(Entry::decode(&data).ok());
-        }
+        found.extend(batch.iter().zip(stats).filter_map(|(number, stat)| {
+            let stat = stat?;
+            let len = usize::try_from(stat.data_length).unwrap_or(0);
+            Some(Found { number: *number, len, version: stat.version })
+        }));
     }
-    Ok(entries)
+    Ok(found)
 }
 
-/// Who waits for or has the mutex when the entry `join` is reached, in order. The original starts with nobody, and its
-/// joiners may be granted a mutex that is taken.
-pub async fn open_blocks(link: &Link, join: i64) -> Result<Vec<NodeId>, Fault> {
-    let mut waiting = Vec::new();
-    for entry in look_back(link, join, |len, _| len != JOIN_LEN).await? {
-        super::history::advance_blocks(&mut waiting, &entry);
+/// Reads these entries at the same time.
+async fn fetch(link: &Link, numbers: &[i64]) -> Result<Vec<(i64, Entry)>, Fault> {
+    let paths: Vec<String> = numbers.iter().map(|n| queue_path(*n)).collect();
+    let data = try_join_all(paths.iter().map(|p| link.get(p))).await?;
+    let entries = numbers.iter().zip(data);
+    Ok(entries.filter_map(|(number, data)| Some((*number, Entry::decode(&data?.0).ok()?))).collect())
+}
+
+/// Who of `members` waits for or has the mutex when the entry `join` is reached, in order. The original starts with
+/// nobody, and its joiners may be granted a mutex that is taken.
+pub async fn open_blocks(link: &Link, join: i64, members: &[NodeRecord]) -> Result<Vec<NodeId>, Fault> {
+    let found = look_back(link, join).await?;
+    let small: Vec<i64> = found.iter().filter(|f| f.len != JOIN_LEN).map(|f| f.number).collect();
+    let mut entries = Vec::new();
+    for batch in small.chunks(BATCH) {
+        entries.extend(fetch(link, batch).await?);
     }
+    let Some(oldest) = history::oldest_open_block(&entries, members) else { return Ok(Vec::new()) };
+    // They are large, and most joins find nobody who wants the mutex.
+    let accepts = found.iter().filter(|f| f.len == JOIN_LEN && f.version > 0 && f.number > oldest);
+    let accepts: Vec<i64> = accepts.map(|f| f.number).collect();
+    let mut waiting = Vec::new();
+    let mut entries = entries.into_iter().peekable();
+    for batch in accepts.chunks(LARGE_BATCH) {
+        for (number, accept) in fetch(link, batch).await? {
+            while let Some((_, entry)) = entries.next_if(|(n, _)| *n < number) {
+                history::advance_blocks(&mut waiting, &entry);
+            }
+            history::advance_blocks(&mut waiting, &accept);
+        }
+    }
+    entries.for_each(|(_, entry)| history::advance_blocks(&mut waiting, &entry));
     Ok(waiting)
 }
 
 /// Who asked to join before the entry `join` and has no answer.
 pub async fn open_joins(link: &Link, join: i64) -> Result<Vec<NodeId>, Fault> {
-    let entries = look_back(link, join, |len, version| len == JOIN_LEN && version == 0).await?;
-    let joins = entries.into_iter().filter(|e| matches!(e.body, Body::Join(_)));
-    Ok(joins.map(|e| e.sender.nid).collect())
+    let unanswered = |f: &Found| f.len == JOIN_LEN && f.version == 0;
+    let numbers: Vec<i64> =
+        look_back(link, join).await?.into_iter().filter(unanswered).map(|f| f.number).collect();
+    let mut waiting = Vec::new();
+    for batch in numbers.chunks(LARGE_BATCH) {
+        let joins = fetch(link, batch).await?.into_iter().filter(|(_, e)| matches!(e.body, Body::Join(_)));
+        waiting.extend(joins.map(|(_, e)| e.sender.nid));
+    }
+    Ok(waiting)
 }
 
 /// Removes entries that every member has passed long ago. Does nothing while a member has no checkpoint.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 use zookeeper_client::{CreateMode, Error as ZkError};
 
 use super::election::{self, Progress, Standing};
@@ -17,7 +18,8 @@ use super::link::{Fault, Link, LinkOwner, fence};
 use super::locks::Locks;
 use super::member::Command;
 use super::queue::{self, Read, Write};
-use super::tasks::{Tell, enter, log_fault, watch_member, watch_session};
+use super::tasks::{Tell, enter, log_fault, needed, watch_member, watch_session};
+use crate::clock::Moment;
 use crate::{Answer, DriverError, Event, Lease, Lock, Reply};
 
 /// Entries read ahead of the daemon; each may have a megabyte.
@@ -35,10 +37,14 @@ pub enum Input {
     Elected,
     /// A member's node is gone; entries from this number on may say so already.
     Death(NodeId, i64),
+    /// That node is there again.
+    Back(NodeId),
     /// Ask again what was declined.
     AskAgain,
     /// The session is over.
     Lost,
+    /// A server refused what this task cannot do without.
+    Refused(&'static str, ZkError),
 }
 
 /// Whether this node has the mutex.
@@ -66,6 +72,8 @@ pub enum Outcome {
     On,
     /// Others threw this node out: it needs a new session.
     Expelled,
+    /// Another process is the member of this address.
+    Taken,
 }
 
 /// See the module's documentation. Dropping it ends its tasks and the ZooKeeper session.
@@ -84,6 +92,8 @@ pub struct Session {
     /// The next number to handle.
     position: Arc<AtomicI64>,
     history: History,
+    /// Number of our JOIN.
+    join: i64,
     open_join: Option<OpenJoin>,
     drained: bool,
     turn: Turn,
@@ -98,6 +108,7 @@ pub struct Session {
     pub leaving: bool,
     left: Vec<oneshot::Sender<Reply>>,
     locks: Locks,
+    lease: Arc<Lease>,
 }
 
 impl Session {
@@ -118,11 +129,13 @@ impl Session {
         let position = Arc::new(AtomicI64::new(0));
         let mut tasks = JoinSet::new();
         let tell = Tell { generation, mailbox: mailbox.clone() };
-        let election = election::compete(link.clone(), me.nid, entering, elect);
-        let election = tasks.spawn(log_fault("election", election));
-        tasks.spawn(log_fault("queue", queue::write(link.clone(), orders, position.clone())));
-        tasks.spawn(fence(link.clone(), lease.clone(), events.clone()));
-        let locks = Locks::new(link.clone(), me.nid, lease);
+        let election = election::compete(link.clone(), me.nid, entering.clone(), elect);
+        let election = tasks.spawn(needed(tell.clone(), "the election", election));
+        let writer_task = queue::write(link.clone(), orders, position.clone(), tell.clone());
+        tasks.spawn(needed(tell.clone(), "writing to the queue", writer_task));
+        let is_member = move || *entering.borrow() == Progress::Joined;
+        tasks.spawn(fence(link.clone(), lease.clone(), is_member, events.clone()));
+        let locks = Locks::new(link.clone(), me.nid, lease.clone());
         tasks.spawn(watch_session(link.clone(), standing.clone(), tell.clone()));
         let join = Entry { id: rand::random(), sender: me, body: Body::Join(info) };
         tasks.spawn(enter(link, join, progress.clone(), standing.clone(), tell));
@@ -139,6 +152,7 @@ impl Session {
             writer,
             position,
             history: History::default(),
+            join: 0,
             open_join: None,
             drained: false,
             turn: Turn::No,
@@ -151,11 +165,17 @@ impl Session {
             leaving: false,
             left: Vec::new(),
             locks,
+            lease,
         }
     }
 
     fn link(&self) -> &Link {
         &self.owner.link
+    }
+
+    /// The address it joins under.
+    pub fn nid(&self) -> NodeId {
+        self.me.nid
     }
 
     fn joined(&self) -> bool {
@@ -241,9 +261,14 @@ impl Session {
         self.election.abort();
         self.left.push(reply);
         self.locks.end();
-        election::withdraw(self.link(), &self.me.nid).await?;
-        let (ignored, _) = oneshot::channel();
-        self.write(Body::Leave, self.me, ignored);
+        election::withdraw(self.link()).await?;
+        let (reply, written) = oneshot::channel();
+        self.write(Body::Leave, self.me, reply);
+        if self.history.members().len() == 1 {
+            // Nobody answers a JOIN before it, so this node would never come to its LEAVE.
+            let _ = written.await;
+            self.remove_nodes().await?;
+        }
         Ok(())
     }
 
@@ -252,23 +277,25 @@ impl Session {
     /// Begins to read at our JOIN.
     pub fn entered(&mut self, join: i64) {
         self.position.store(join, Ordering::Relaxed);
+        self.join = join;
         self.checkpoint = join / CHECKPOINT;
         let (out, reads) = mpsc::channel(READ_AHEAD);
         self.reads = Some(reads);
         let reader = queue::read(self.link().clone(), join, out);
-        self.tasks.spawn(log_fault("queue", reader));
+        self.tasks.spawn(needed(self.tell(), "reading the queue", reader));
         if let Some(reply) = self.joining.take() {
             let _ = reply.send(Ok(()));
         }
     }
 
     /// Something changed that decides whether an open JOIN is ours to answer, or a question may be repeated.
-    pub fn look_again(&mut self) {
+    pub async fn look_again(&mut self) -> Result<(), Fault> {
         if self.turn == Turn::Declined {
             self.turn = Turn::No;
         }
-        self.ask_join();
+        self.ask_join().await?;
         self.offer_block();
+        Ok(())
     }
 
     /// A member died, or left: it is buried if the queue does not know by now.
@@ -276,6 +303,13 @@ impl Session {
         self.watched.remove(&node);
         self.dying.push((node, end));
         self.bury();
+    }
+
+    /// A member that was not buried because its node is there again, which is watched from here on.
+    pub fn back(&mut self, node: NodeId) {
+        if self.history.is_member(&node) && !self.watched.contains_key(&node) {
+            self.watch_member(node);
+        }
     }
 
     fn bury(&mut self) {
@@ -302,7 +336,9 @@ impl Session {
                 Ok(Outcome::On)
             }
             Read::Gap(number) => {
-                tracing::error!("queue entry {number} was removed before this node had read it");
+                tracing::error!(
+                    "queue entry {number} was removed before this node had read it, or the queue is another one"
+                );
                 Ok(Outcome::Expelled)
             }
             Read::Entry { number, entry, version } => {
@@ -311,7 +347,7 @@ impl Session {
                 if let Body::Join(_) = entry.body {
                     let asked = self.open_join.take().filter(|o| o.version == version).and_then(|o| o.asked);
                     self.open_join = Some(OpenJoin { number, entry, version, asked });
-                    self.ask_join();
+                    self.ask_join().await?;
                     return Ok(Outcome::On);
                 }
                 self.open_join = None;
@@ -324,7 +360,10 @@ impl Session {
         let mine = entry.sender.nid == self.me.nid;
         match &entry.body {
             Body::Accept(_, before) if !self.joined() => self.enter_history(number, before.clone()).await?,
+            Body::Accept(..) if mine => return Ok(Outcome::Taken),
             Body::Accept(..) => {}
+            // Instead of the answer to our JOIN.
+            _ if number == self.join => return Ok(Outcome::Taken),
             Body::UpdateNode if mine => self.me = entry.sender,
             Body::Unblock(_) if mine && self.history.head() == Some(self.me.nid) => self.turn = Turn::No,
             Body::Leave if mine && self.history.is_member(&self.me.nid) => {
@@ -361,26 +400,45 @@ impl Session {
     /// Our ACCEPT: takes over the members, watches them, and becomes visible as a member.
     async fn enter_history(&mut self, join: i64, mut before: Vec<NodeRecord>) -> Result<(), Fault> {
         before.retain(|n| n.nid != self.me.nid);
-        let blocks = queue::open_blocks(self.link(), join).await?;
         for node in &before {
             self.watch_member(node.nid);
         }
-        self.history = History::new(before, blocks);
         let (me, session) = (self.me.nid, self.link().session);
+        let confirmed = Moment::now();
         let nodes = [(member_path(&me), encode_session(session)), (position_path(&me), encode_position(-1))];
         for (path, data) in nodes {
-            match self.link().create(&path, &data, CreateMode::Ephemeral).await {
-                Err(Fault::Refused(ZkError::NodeExists)) => {
-                    let owner = self.link().stat(&path).await?.map(|s| s.ephemeral_owner);
-                    if owner.is_some_and(|owner| owner != session) {
-                        return Err(Fault::Refused(ZkError::NodeExists));
-                    }
+            self.create_own(&path, &data).await?;
+        }
+        // Afterwards: the others wait for the nodes.
+        let blocks = queue::open_blocks(self.link(), join, &before).await?;
+        self.history = History::new(before, blocks);
+        self.progress.send_replace(Progress::Joined);
+        // At once: whoever learns of the membership may ask for a lock.
+        self.lease.extend(confirmed.after(self.link().confirmed_for()));
+        Ok(())
+    }
+
+    /// Creates a node of this member. One of another session is of a process with the same address, accepted so shortly
+    /// before that nobody knew whether it lived: it is about to end.
+    async fn create_own(&self, path: &str, data: &[u8]) -> Result<(), Fault> {
+        let link = self.link();
+        let deadline = Instant::now() + link.timeout * 3 / 2;
+        let exists = || Fault::Refused(ZkError::NodeExists);
+        loop {
+            match link.create(path, data, CreateMode::Ephemeral).await {
+                Err(Fault::Refused(ZkError::NodeExists)) => {}
+                result => return result.map(drop),
+            }
+            let (stat, changed) = link.stat_and_watch(path).await?;
+            match stat {
+                Some(stat) if stat.ephemeral_owner == link.session => return Ok(()),
+                Some(_) => {
+                    let gone = tokio::time::timeout_at(deadline, changed.changed()).await;
+                    gone.map_err(|_| exists())?;
                 }
-                result => drop(result?),
+                None => {}
             }
         }
-        self.progress.send_replace(Progress::Joined);
-        Ok(())
     }
 
     async fn remove_nodes(&mut self) -> Result<(), Fault> {
@@ -394,7 +452,8 @@ impl Session {
 
     fn watch_member(&mut self, node: NodeId) {
         let (link, tell) = (self.link().clone(), self.tell());
-        let watch = self.tasks.spawn(log_fault("member watch", watch_member(link, node, tell)));
+        let watch = watch_member(link, node, tell.clone());
+        let watch = self.tasks.spawn(needed(tell, "the watch of a member", watch));
         if let Some(old) = self.watched.insert(node, watch) {
             old.abort();
         }
@@ -418,15 +477,23 @@ impl Session {
     // ---- questions to the daemon ----
 
     /// Asks the daemon about an open JOIN if this node answers joins.
-    fn ask_join(&mut self) {
+    async fn ask_join(&mut self) -> Result<(), Fault> {
         let master = *self.standing.borrow() == Standing::Master && !self.leaving;
         let number = self.questions + 1;
         let joined = self.joined();
-        let Some(open) = self.open_join.as_mut().filter(|o| master && o.asked.is_none()) else { return };
-        let Body::Join(info) = &open.entry.body else { return };
-        if !joined && open.entry.sender.nid != self.me.nid {
-            return;
+        let Some(open) = self.open_join.as_ref().filter(|o| master && o.asked.is_none()) else {
+            return Ok(());
+        };
+        let nid = open.entry.sender.nid;
+        if !joined && nid != self.me.nid {
+            return Ok(());
         }
+        // Who joins again has waited until its earlier nodes were gone, which was before its JOIN.
+        if self.history.is_member(&nid) && self.link().stat(&member_path(&nid)).await?.is_some() {
+            return self.refuse_join().await;
+        }
+        let Some(open) = self.open_join.as_mut() else { return Ok(()) };
+        let Body::Join(info) = &open.entry.body else { return Ok(()) };
         open.asked = Some(number);
         let (node, info) = (open.entry.sender, info.clone());
         self.questions = number;
@@ -440,9 +507,28 @@ impl Session {
             let _ = mailbox.send(Command::JoinAnswer(generation, number, info.map(Box::new)));
         });
         self.raise(Event::Join { node, members, info, answer });
+        Ok(())
     }
 
-    /// Writes the daemon's answer into the JOIN, unless another master was faster.
+    /// A second process with the address of a living member: a LEAVE of nobody in place of its JOIN tells it, and means
+    /// nothing to the others.
+    async fn refuse_join(&mut self) -> Result<(), Fault> {
+        let Some(open) = self.open_join.take() else { return Ok(()) };
+        tracing::warn!("{} asks to join, but is a member and lives: refused", open.entry.sender.nid);
+        let nobody = Entry { id: open.entry.id, sender: NodeRecord::zeroed(), body: Body::Leave };
+        self.replace_join(&open, &nobody).await
+    }
+
+    /// Writes `entry` into the JOIN, unless another master was faster.
+    async fn replace_join(&self, join: &OpenJoin, entry: &Entry) -> Result<(), Fault> {
+        let path = super::layout::queue_path(join.number);
+        match self.link().set(&path, &entry.encode(), Some(join.version)).await {
+            Ok(()) | Err(Fault::Refused(ZkError::BadVersion)) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Writes the daemon's answer into the JOIN.
     pub async fn join_answered(
         &mut self,
         question: u64,
@@ -454,13 +540,10 @@ impl Session {
             self.ask_again_later();
             return Ok(());
         };
+        let Some(open) = &self.open_join else { return Ok(()) };
         let body = Body::Accept(*info, self.history.members());
         let accept = Entry { body, ..open.entry.clone() };
-        let (path, version) = (super::layout::queue_path(open.number), open.version);
-        match self.link().set(&path, &accept.encode(), Some(version)).await {
-            Ok(()) | Err(Fault::Refused(ZkError::BadVersion)) => Ok(()),
-            Err(e) => Err(e),
-        }
+        self.replace_join(open, &accept).await
     }
 
     /// Offers the mutex to the daemon when everything written so far was handled and it is this node's turn.

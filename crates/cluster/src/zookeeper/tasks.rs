@@ -35,7 +35,15 @@ impl Tell {
     }
 }
 
-/// A task's end by a lost session is announced by [`watch_session`].
+/// A task without which this node would not know what the others decide. Its end by a lost session is announced by
+/// [`watch_session`].
+pub async fn needed(tell: Tell, what: &'static str, task: impl Future<Output = Result<(), Fault>>) {
+    if let Err(Fault::Refused(e)) = task.await {
+        tell.tell(Input::Refused(what, e));
+    }
+}
+
+/// A task that may fail.
 pub async fn log_fault(what: &str, task: impl Future<Output = Result<(), Fault>>) {
     if let Err(Fault::Refused(e)) = task.await {
         tracing::error!("zookeeper, {what}: {e}");

@@ -4,7 +4,7 @@ use sheepdog_proto::cluster::CLUSTER_INFO_LEN;
 use sheepdog_proto::message::ClusterMessage;
 use sheepdog_proto::{ClusterInfo, NodeId, NodeRecord, Wire};
 
-use super::history::{History, advance_blocks};
+use super::history::{History, advance_blocks, oldest_open_block};
 use super::layout::*;
 use crate::Event;
 use crate::captures::*;
@@ -119,9 +119,10 @@ fn entry(port: u16, body: Body) -> Entry {
     Entry { id: 0, sender: node(port), body }
 }
 
-fn accept(port: u16) -> Entry {
+fn accept(port: u16, before: &[u16]) -> Entry {
     let header = sheepdog_proto::cluster::ClusterInfoHeader::zeroed();
-    entry(port, Body::Accept(ClusterInfo { header, nodes: Vec::new() }, Vec::new()))
+    let before = before.iter().map(|port| node(*port)).collect();
+    entry(port, Body::Accept(ClusterInfo { header, nodes: Vec::new() }, before))
 }
 
 fn show(events: Vec<Event>) -> String {
@@ -140,7 +141,7 @@ fn show(events: Vec<Event>) -> String {
 fn the_history_is_a_function_of_the_entries() {
     let mut history = History::new(vec![node(2)], vec![node(2).nid, node(9).nid]);
     let steps = [
-        (accept(1), "accept 1 of 1+2", Some(2)),
+        (accept(1, &[2]), "accept 1 of 1+2", Some(2)),
         (entry(1, Body::Block), "", Some(2)),
         (entry(1, Body::Unblock(vec![1])), "notify 1 [1]", Some(2)),
         (entry(2, Body::Unblock(vec![2])), "notify 2 [2]", Some(1)),
@@ -150,7 +151,7 @@ fn the_history_is_a_function_of_the_entries() {
         (entry(2, Body::Block), "", Some(1)),
         (entry(1, Body::Leave), "leave 1 of 2", Some(2)),
         (entry(1, Body::Leave), "", Some(2)),
-        (accept(2), "leave 2 of , accept 2 of 2", None),
+        (accept(2, &[]), "leave 2 of , accept 2 of 2", None),
     ];
     for (entry, want, head) in steps {
         let what = format!("{entry:?}");
@@ -172,4 +173,54 @@ fn looking_back_from_the_middle_finds_who_waits() {
     ];
     entries.iter().for_each(|e| advance_blocks(&mut blocks, e));
     assert_eq!(blocks, [node(3).nid]);
+}
+
+#[test]
+fn looking_back_an_accept_ends_what_an_earlier_life_asked_for() {
+    let unblock = || Body::Unblock(vec![]);
+    // Entries from number 0 on, members before the joiner, who waits.
+    let table = [
+        // All died; 1 is the first one back.
+        (
+            vec![entry(1, Body::Block), entry(2, Body::Block), accept(1, &[]), accept(2, &[1])],
+            &[1, 2][..],
+            &[][..],
+        ),
+        // 1 came back before anybody buried it, and has had the mutex since.
+        (
+            vec![entry(1, Body::Block), accept(1, &[2]), entry(1, Body::Block), entry(1, unblock())],
+            &[1, 2],
+            &[],
+        ),
+        // It wants it again.
+        (
+            vec![
+                entry(1, Body::Block),
+                entry(2, Body::Block),
+                accept(1, &[2]),
+                entry(1, Body::Block),
+                entry(2, unblock()),
+                entry(2, Body::Block),
+            ],
+            &[1, 2],
+            &[1, 2],
+        ),
+        // An accept of somebody else ends nothing.
+        (vec![entry(1, Body::Block), accept(3, &[1, 2]), entry(2, Body::Block)], &[1, 2, 3], &[1, 2]),
+    ];
+    for (entries, members, want) in table {
+        let what = format!("{entries:?}");
+        let members: Vec<_> = members.iter().map(|port| node(*port)).collect();
+        let numbered: Vec<_> = (0..).zip(entries).collect();
+        let (accepts, others): (Vec<_>, Vec<_>) =
+            numbered.into_iter().partition(|(_, e)| matches!(e.body, Body::Accept(..)));
+        // As a joiner does: accepts before the oldest BLOCK that may be open are not read.
+        let oldest = oldest_open_block(&others, &members);
+        let mut read: Vec<_> =
+            others.into_iter().chain(accepts.into_iter().filter(|(n, _)| Some(*n) > oldest)).collect();
+        read.sort_by_key(|(number, _)| *number);
+        let mut blocks = Vec::new();
+        read.iter().for_each(|(_, e)| advance_blocks(&mut blocks, e));
+        assert_eq!(blocks.iter().map(|n| n.port).collect::<Vec<_>>(), want, "{what}");
+    }
 }

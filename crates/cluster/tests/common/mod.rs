@@ -133,6 +133,15 @@ impl Cluster {
         }
     }
 
+    /// Takes what has been said.
+    pub fn drain(&mut self) {
+        while let Ok((port, pid, at, line)) = self.lines.try_recv() {
+            if let Some(member) = self.members.get_mut(&port).filter(|m| m.child.id() == pid) {
+                member.log.push((at, line));
+            }
+        }
+    }
+
     pub fn log(&self, port: u16) -> Vec<&str> {
         self.members[&port].log.iter().map(|(_, l)| l.as_str()).collect()
     }

@@ -71,6 +71,42 @@ impl TestDriver {
     }
 }
 
+impl TestDriver {
+    fn start(self, root: &Path, hosts: Option<&Hosts>) -> Engine {
+        match self {
+            TestDriver::Local => {
+                let option = format!("local:{}", root.join("shm").display());
+                Engine { option, zookeeper: None, corosync: None }
+            }
+            TestDriver::ZooKeeper(timeout) => {
+                let address = if hosts.is_some() { "10.9.0.254" } else { "127.0.0.1" };
+                let server = ZooKeeper::start_on(address, 1);
+                let option = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
+                Engine { option, zookeeper: Some(server), corosync: None }
+            }
+            TestDriver::Corosync => {
+                let corosync = Some(hosts.map_or_else(Corosync::single, Hosts::corosync));
+                Engine { option: "corosync".to_owned(), zookeeper: None, corosync }
+            }
+        }
+    }
+}
+
+/// What daemons find each other by, for those who start them by themselves.
+pub struct Engine {
+    /// What follows `-c`.
+    pub option: String,
+    zookeeper: Option<ZooKeeper>,
+    corosync: Option<Corosync>,
+}
+
+impl Engine {
+    /// What `SHEEPDOG_TEST_DRIVER` asks for; the local driver's file is in `root`.
+    pub fn from_env(root: &Path) -> Engine {
+        TestDriver::from_env().start(root, None)
+    }
+}
+
 impl Builder {
     /// `nodes` daemons, each its own zone, automatic weights, formatted with 3 copies.
     pub fn new(nodes: usize) -> Builder {

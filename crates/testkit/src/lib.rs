@@ -25,7 +25,7 @@ pub mod wait;
 pub mod zookeeper;
 
 pub use client::{Client, answer};
-pub use cluster::{Builder, Cluster};
+pub use cluster::{Builder, Cluster, Engine};
 pub use corosync::Corosync;
 pub use hosts::{Hosts, Nic};
 pub use netns::{in_own_mounts, in_own_network};

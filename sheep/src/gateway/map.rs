@@ -54,12 +54,7 @@ pub async fn update(
 ) -> Result<(), ResultCode> {
     let oid = Oid::inode(vid);
     let _serial = sheep.gateway.maps.turn(oid, 0..1, true).await;
-    let as_working = match by {
-        By::Deletion => false,
-        By::Client(since) | By::Target(since) => sheep.vdis.snapshot_since(vid).is_some_and(|t| t > since),
-        By::Discard => sheep.redundancy(vid, &sheep.views.load()).snapshot,
-    };
-    if as_working {
+    if by == By::Discard && sheep.redundancy(vid, &sheep.views.load()).snapshot {
         return Err(ResultCode::READONLY);
     }
     let adds = inode::table(&data).iter().any(|v| v.get() != 0);
@@ -71,6 +66,13 @@ pub async fn update(
     let first = ((offset - TABLE_OFFSET as u64) / 4) as u32;
     let begun = sheep.views.epoch();
     let changes = changes(sheep, oid, first, offset, &data).await?;
+    let knows = match by {
+        By::Client(since) | By::Target(since) => sheep.vdis.snapshot_since(vid).is_none_or(|t| t <= since),
+        By::Deletion | By::Discard => true,
+    };
+    if !knows && !changes.is_empty() {
+        return Err(ResultCode::READONLY);
+    }
     let own = |c: &Change| inode::table(&data)[(c.index - first) as usize].get() == vid.get();
     let view = sheep.views.load();
     if sheep.redundancy(vid, &view).snapshot && changes.iter().any(own) {

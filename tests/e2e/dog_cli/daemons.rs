@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use sheepdog_testkit::Engine;
 
 use crate::common;
 
@@ -33,6 +34,7 @@ pub fn port(i: usize) -> u16 {
 
 pub struct Daemons {
     root: PathBuf,
+    engine: Engine,
     vnodes: Option<u64>,
     disks: u64,
     /// By index; `None` = not running.
@@ -45,6 +47,7 @@ impl Daemons {
         let count = cluster["daemons"].as_u64().unwrap() as usize;
         let mut daemons = Daemons {
             root: root.to_path_buf(),
+            engine: Engine::from_env(root),
             vnodes: cluster["vnodes"].as_u64(),
             disks: cluster["disks"].as_u64().unwrap(),
             running: (0..count).map(|_| None).collect(),
@@ -64,7 +67,7 @@ impl Daemons {
         let log = std::fs::File::create(self.root.join(format!("sheep{i}.out"))).unwrap();
         let mut command = Command::new(binary("sheep"));
         command
-            .args(["-f", "-c", &format!("local:{}", self.root.join("driver").display())])
+            .args(["-f", "-c", &self.engine.option])
             .args(["-p", &port(i).to_string(), "-z", &i.to_string()])
             .args(vnodes.map(|n| ["-V".to_string(), n.to_string()]).into_iter().flatten())
             .arg(paths.join(","))

@@ -74,6 +74,8 @@ pub fn run(options: &Options, readiness: Readiness) -> i32 {
         Ok(code) => code,
         Err(text) => {
             text.lines().for_each(|line| tracing::error!("{line}"));
+            // Whoever is told may look for the reason at once.
+            log::flush();
             if let Some(readiness) = readiness {
                 let lines = text.lines().map(|line| early_line(options, Severity::Err, line));
                 readiness.failed(&lines.collect::<String>());

@@ -35,12 +35,8 @@ fn formed(nodes: usize) -> State {
     let info = first.cluster_info();
     let answer = first.judge_join(&members[0], &[], &info, &mut Vec::new()).expect("the only node answers");
     first.accept(&members[0], members.clone(), answer);
-    let format = ClusterRequest {
-        ctime: 1,
-        copies: 3,
-        flags: ClusterFlags::AUTO_VNODES,
-        ..ClusterRequest::zeroed()
-    };
+    let format =
+        ClusterRequest { ctime: 1, copies: 3, flags: ClusterFlags::AUTO_VNODES, ..ClusterRequest::zeroed() };
     first.format(&format, b"plain").expect("a valid request");
     first
 }

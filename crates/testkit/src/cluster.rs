@@ -72,7 +72,7 @@ impl TestDriver {
 }
 
 impl TestDriver {
-    fn start(self, root: &Path, hosts: Option<&Hosts>) -> Engine {
+    fn start(self, root: &Path, hosts: Option<&Hosts>, servers: usize) -> Engine {
         match self {
             TestDriver::Local => {
                 let option = format!("local:{}", root.join("shm").display());
@@ -80,7 +80,7 @@ impl TestDriver {
             }
             TestDriver::ZooKeeper(timeout) => {
                 let address = if hosts.is_some() { "10.9.0.254" } else { "127.0.0.1" };
-                let server = ZooKeeper::start_on(address, 1);
+                let server = ZooKeeper::start_on(address, servers);
                 let option = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
                 Engine { option, zookeeper: Some(server), corosync: None }
             }
@@ -103,7 +103,7 @@ pub struct Engine {
 impl Engine {
     /// What `SHEEPDOG_TEST_DRIVER` asks for; the local driver's file is in `root`.
     pub fn from_env(root: &Path) -> Engine {
-        TestDriver::from_env().start(root, None)
+        TestDriver::from_env().start(root, None, 1)
     }
 }
 
@@ -264,21 +264,8 @@ impl Builder {
         // Two behind the nodes' for `spare_port`, one for the I/O address of the last node.
         let reserved = self.ports.is_none().then(|| Ports::reserve_many(self.nodes + 3));
         let hosts = self.hosts.then(|| Hosts::new(self.nodes));
-        let (mut zookeeper, mut corosync) = (None, None);
-        let driver = match self.driver {
-            TestDriver::Local => format!("local:{}", root.path().join("shm").display()),
-            TestDriver::ZooKeeper(timeout) => {
-                let address = if self.hosts { "10.9.0.254" } else { "127.0.0.1" };
-                let server = ZooKeeper::start_on(address, self.servers);
-                let driver = format!("zookeeper:{}/test,timeout={timeout}", server.hosts());
-                zookeeper = Some(server);
-                driver
-            }
-            TestDriver::Corosync => {
-                corosync = Some(hosts.as_ref().map_or_else(Corosync::single, Hosts::corosync));
-                "corosync".to_owned()
-            }
-        };
+        let Engine { option: driver, zookeeper, corosync } =
+            self.driver.start(root.path(), hosts.as_ref(), self.servers);
         let mut nodes = Vec::new();
         for index in 0..self.nodes {
             let port = match (&reserved, &self.ports) {

@@ -44,6 +44,12 @@ const GATEWAYS: usize = 1024;
 /// Writes of gateways that never tell (the original) count as done after this long.
 const UNTOLD: Duration = Duration::from_secs(5);
 
+/// How long writes in progress may take to be done before a home gives up taking over for now. Short: one of them may be
+/// waiting for this home, where it is sent again.
+const QUIET: Duration = Duration::from_millis(300);
+/// Between two looks at them.
+const QUIET_PAUSE: Duration = Duration::from_millis(5);
+
 /// A write: the process that is its gateway, and its number there. 0, 0 = by a gateway that does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct WriteId {
@@ -522,6 +528,16 @@ impl Intents {
             }
             settled.await;
         }
+    }
+
+    /// Waits until every write to the object that came here is known to be done; `false` = that takes too long.
+    pub async fn becomes_quiet(&self, oid: Oid) -> bool {
+        let quiet = async {
+            while self.is_busy(oid) {
+                tokio::time::sleep(QUIET_PAUSE).await;
+            }
+        };
+        tokio::time::timeout(QUIET, quiet).await.is_ok()
     }
 
     /// Whether a write to the object is not known to be done.

@@ -13,7 +13,8 @@ use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::StoreError;
 
-use crate::gate::Pass;
+use crate::faults::unnoted;
+use crate::gate::{Pass, Refused};
 use crate::gateway::object::is_coded;
 use crate::intents::{WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
@@ -61,7 +62,9 @@ async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Re
             let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
             // Reads that belong to a write go on: settling waits for that write.
             let reading = request.opcode == Opcode::READ_PEER && request.obj().write_seq == 0;
-            if coded || (reading && !recovering) {
+            // A removal ends what is in doubt, which may wait for homes that never return.
+            let touching = coded && request.opcode != Opcode::REMOVE_PEER;
+            if touching || (reading && !recovering) {
                 tokio::select! {
                     () = sheep.intents.wait(oid) => {}
                     _ = sheep.views.changed_from(&view) => {}
@@ -96,22 +99,32 @@ async fn admit_write_when_ready(
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit_when_ready(sheep, request, oid).await?;
-        match sheep.gate.enter_to_acknowledge(request.epoch) {
+        match sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request)) {
             // In this order: whoever holds an object waits for the passes given out before. A gateway that gave up
             // meanwhile has sent the request again, and newer ones after it.
-            Some(pass) if !sheep.holds.is_held(oid) => {
+            Ok(pass) if !sheep.holds.is_held(oid) => {
                 return if wanted() { Ok((view, pass)) } else { Err(ResultCode::NETWORK_ERROR) };
             }
-            Some(pass) => {
+            Ok(pass) => {
                 drop(pass);
                 sheep.holds.released(oid).await;
             }
             // The gate closes shortly before the view changes. An ended lease may be renewed without a change.
-            None => {
+            Err(Refused::Later) => {
                 let _ = tokio::time::timeout(LEASE_CHECK, sheep.views.changed_from(&view)).await;
             }
+            Err(Refused::Over) => return Err(ResultCode::OLD_NODE_VER),
         }
     }
+}
+
+/// How often its gateway knew copies to have been altered when it sent a write; the original does not tell.
+fn alters_of(request: &Request) -> Option<u8> {
+    if request.opcode == Opcode::DECREF_PEER {
+        return None; // carries no such number
+    }
+    let body = request.obj();
+    (write_id(&body).writer != 0).then_some(body.alters)
 }
 
 /// Whether whoever sent a request still waits for its answer.
@@ -158,7 +171,8 @@ where
     if replica.strip.is_some() {
         return Err((payload, done)); // what it replaces is read first
     }
-    let Some(pass) = sheep.gate.enter_to_acknowledge(request.epoch).filter(|_| sheep.holds.is_free()) else {
+    let entered = sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request));
+    let Some(pass) = entered.ok().filter(|_| sheep.holds.is_free()) else {
         return Err((payload, done));
     };
     let regions = regions_of(size, body.offset.into(), payload.len() as u64);
@@ -276,7 +290,7 @@ async fn write(
         match store.read(replica, offset, len).await {
             Ok(old) => {
                 let keep = || sheep.intents.keep(replica, id, request.epoch, offset, old, &payload);
-                tokio::task::block_in_place(keep).map_err(|error| unlogged(body.oid, &error))?;
+                tokio::task::block_in_place(keep).map_err(|error| unnoted(sheep, body.oid, &error))?;
             }
             Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
             Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
@@ -309,18 +323,14 @@ fn write_id(body: &ObjRequest) -> WriteId {
 
 /// Writes of the object before are over.
 fn replaced(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
-    tokio::task::block_in_place(|| sheep.intents.replaced(oid)).map_err(|error| unlogged(oid, &error))
-}
-
-fn unlogged(oid: Oid, error: &std::io::Error) -> ResultCode {
-    tracing::error!("cannot note that {oid} is being written: {error}");
-    if error.kind() == std::io::ErrorKind::StorageFull { ResultCode::NO_SPACE } else { ResultCode::EIO }
+    tokio::task::block_in_place(|| sheep.intents.replaced(oid)).map_err(|error| unnoted(sheep, oid, &error))
 }
 
 /// Notes a write that is about to begin.
 fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Result<(), ResultCode> {
     while !sheep.intents.begin(oid, id, regions) {
-        tokio::task::block_in_place(|| sheep.intents.enter(oid)).map_err(|error| unlogged(oid, &error))?;
+        tokio::task::block_in_place(|| sheep.intents.enter(oid))
+            .map_err(|error| unnoted(sheep, oid, &error))?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -91,35 +91,54 @@ impl Outcome {
 
 /// The number of a write in progress. Dropped without [`Number::done`], the outcome is unknown.
 pub struct Number {
-    id: WriteId,
+    writer: u32,
+    seq: AtomicU32,
     sheep: Arc<Sheep>,
-    sent: AtomicBool,
+    /// The epoch of the last attempt; 0 = there was none.
+    sent: AtomicU32,
     over: bool,
 }
 
 impl Number {
-    /// What homes know the write by; from here on some may have it.
-    pub fn send(&self) -> WriteId {
-        self.sent.store(true, Ordering::Release);
-        self.id
+    /// What homes know the write by.
+    pub fn id(&self) -> WriteId {
+        WriteId { writer: self.writer, seq: self.seq.load(Ordering::Acquire) }
     }
 
-    /// Whether a home may have it.
-    pub fn is_sent(&self) -> bool {
-        self.sent.load(Ordering::Acquire)
+    /// As [`Number::id`]; from here on some homes may have it, as of `epoch`.
+    pub fn send(&self, epoch: Epoch) -> WriteId {
+        self.sent.store(epoch.0, Ordering::Release);
+        self.id()
+    }
+
+    /// The epoch of the last attempt: homes may have what it wrote. `None` = none has anything.
+    pub fn sent_in(&self) -> Option<Epoch> {
+        let epoch = Epoch(self.sent.load(Ordering::Acquire));
+        (epoch != Epoch(0)).then_some(epoch)
+    }
+
+    /// What was sent is taken back on all homes: the next attempt is another write to them, under another number. They
+    /// remember for a while that this one was undone.
+    pub fn renew(&self) {
+        let numbers = &self.sheep.gateway.numbers;
+        let mut state = numbers.state.lock();
+        state.end(self.seq.load(Ordering::Acquire));
+        self.seq.store(state.next(), Ordering::Release);
+        self.sent.store(0, Ordering::Release);
+        numbers.ended.notify_one();
     }
 
     /// An attempt in `epoch` succeeded. `false` = its homes were told before that it will not: it is undone where it is.
     #[must_use]
     pub fn succeed(&self, epoch: Epoch) -> bool {
-        self.sheep.gateway.numbers.state.lock().succeed(self.id.seq, epoch)
+        self.sheep.gateway.numbers.state.lock().succeed(self.id().seq, epoch)
     }
 
     /// All homes have the write, or none has it.
     pub fn done(mut self) {
         self.over = true;
         let numbers = &self.sheep.gateway.numbers;
-        numbers.state.lock().end(self.id.seq);
+        numbers.state.lock().end(self.id().seq);
         numbers.ended.notify_one();
     }
 }
@@ -128,7 +147,7 @@ impl Drop for Number {
     fn drop(&mut self) {
         if !self.over {
             let mut state = self.sheep.gateway.numbers.state.lock();
-            state.abandoned.push((Instant::now(), self.sheep.views.epoch(), self.id.seq));
+            state.abandoned.push((Instant::now(), self.sheep.views.epoch(), self.id().seq));
         }
     }
 }
@@ -152,6 +171,13 @@ impl State {
         let barred = self.barred.entry(seq).or_default();
         *barred = epoch.max(*barred);
         Outcome::Failed
+    }
+
+    /// Begins a write.
+    fn next(&mut self) -> u32 {
+        self.last = self.last.wrapping_add(1).max(1); // 0 is what the original sends
+        self.outstanding.insert(self.last);
+        self.last
     }
 
     fn touch(&mut self, node: NodeId) {
@@ -186,21 +212,15 @@ impl Numbers {
         ids.iter().map(of).collect()
     }
 
+    /// What homes know this gateway by, of an operation that needs no number.
+    pub fn none(&self) -> WriteId {
+        WriteId { writer: self.writer, seq: 0 }
+    }
+
     /// Begins a write.
     pub fn begin(&self, sheep: &Arc<Sheep>) -> Number {
-        let mut state = self.state.lock();
-        state.last = state.last.wrapping_add(1);
-        if state.last == 0 {
-            state.last = 1; // 0 is what the original sends
-        }
-        let seq = state.last;
-        state.outstanding.insert(seq);
-        Number {
-            id: WriteId { writer: self.writer, seq },
-            sheep: sheep.clone(),
-            sent: AtomicBool::new(false),
-            over: false,
-        }
+        let seq = AtomicU32::new(self.state.lock().next());
+        Number { writer: self.writer, seq, sheep: sheep.clone(), sent: AtomicU32::new(0), over: false }
     }
 
     /// `node` gets a write.

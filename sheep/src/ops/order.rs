@@ -1,6 +1,7 @@
 //! ORDER_PEER: what nodes of this project agree on among themselves (spec 06, 15.1 A3, A4).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -16,8 +17,12 @@ use crate::gateway::object::is_coded;
 use crate::gateway::{arbiter, hold, sequencer};
 use crate::intents::Fate;
 use crate::recovery::lacking;
+use crate::recovery::object::has_any;
 use crate::settle;
 use crate::sheep::Sheep;
+
+/// How long LEVEL waits before the sender is to ask again.
+const LEVEL_WAIT: Duration = Duration::from_secs(2);
 
 /// Whether a request is answered while this node is ending: what makes objects equal, which its last requests may wait for.
 pub fn is_settling(request: &Request) -> bool {
@@ -34,6 +39,8 @@ pub fn is_settling(request: &Request) -> bool {
         order::DIGEST,
         order::OUTCOME,
         order::LOOSE,
+        order::LEVEL,
+        order::HAS,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -57,6 +64,9 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::DIGEST => return objects::digest(sheep, &request).await,
             order::READ_STRIP => return read_strip(sheep, &request).await,
             order::WRITE_STRIP => write_strip(sheep, &request, payload).await,
+            order::LEVEL => level(sheep, &request).await,
+            order::HAS => has(sheep, &request),
+            order::REPAIR => repair(sheep, &request).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
@@ -149,6 +159,36 @@ fn outcome(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
 
 fn loose(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     list(request, lacking::encode(&sheep.intents.loose()))
+}
+
+async fn level(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let wanted = request.order().serial;
+    sequencer::member_at(sheep, request.epoch).await?;
+    let reached = sheep.views.until(|v| v.epoch != request.epoch || v.alters >= wanted);
+    let view = tokio::time::timeout(LEVEL_WAIT, reached).await.map_err(|_| ResultCode::AGAIN)?;
+    if view.epoch == request.epoch { Ok(OrderResponse::zeroed()) } else { Err(ResultCode::OLD_NODE_VER) }
+}
+
+fn has(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let names: Vec<Replica> = match body.kind {
+        0 => vec![Sheep::replica(body.oid)],
+        strips => (0..strips).map(|index| Replica { oid: body.oid, strip: Some(index) }).collect(),
+    };
+    if names.iter().any(|name| has_any(sheep, *name)) {
+        Ok(OrderResponse::zeroed())
+    } else {
+        Err(ResultCode::NO_OBJ)
+    }
+}
+
+async fn repair(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    if !is_coded(body.oid, &sheep.redundancy(body.oid.vid(), &sheep.views.load())) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    sheep.gateway.repair_strips(sheep, body.oid, body.kind).await?;
+    Ok(OrderResponse::zeroed())
 }
 
 fn named_strip(request: &Request) -> Replica {

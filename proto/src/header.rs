@@ -106,6 +106,8 @@ pub mod order {
     pub const HAS: u8 = 22;
     /// Rebuild the strips of a coded object that are missing, and strip `kind` if all others fit without it.
     pub const REPAIR: u8 = 23;
+    /// The writes of strip `kind` of which it is open here whether they stand: what a recovering node gets is without them.
+    pub const LEFT_OUT: u8 = 24;
 }
 
 wire! {

@@ -16,7 +16,7 @@ use sheepdog_store::StoreError;
 use crate::faults::unnoted;
 use crate::gate::{Pass, Refused};
 use crate::gateway::object::is_coded;
-use crate::intents::{WriteId, before_open_writes, regions_of};
+use crate::intents::{LeftOut, WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
 use crate::recovery::lacking;
 use crate::sheep::Sheep;
@@ -168,8 +168,9 @@ where
     if check_range(body.offset.into(), payload.len() as u64, size).is_err() {
         return Err((payload, done));
     }
-    if replica.strip.is_some() {
-        return Err((payload, done)); // what it replaces is read first
+    // What a strip's write replaces is read first.
+    if replica.strip.is_some() || is_misnamed(sheep, &body, &view) {
+        return Err((payload, done));
     }
     let entered = sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request));
     let Some(pass) = entered.ok().filter(|_| sheep.holds.is_free()) else {
@@ -183,6 +184,9 @@ where
     let finish = move |result: Result<(), StoreError>| {
         drop(pass);
         let _active = sheep.stats.peer(&request);
+        if result.is_err() {
+            sheep.intents.failed(body.oid, write_id(&body), request.epoch);
+        }
         let code = result.err().map_or(ResultCode::SUCCESS, |e| crate::faults::peer_result(&sheep, &e));
         done(failed(&request, acknowledged(&sheep, code)));
     };
@@ -200,13 +204,11 @@ pub fn check_range(offset: u64, len: u64, size: u64) -> Result<(), ResultCode> {
 
 async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     match read_data(sheep, request).await {
-        Ok(data) => Reply {
-            response: Response {
-                data_length: data.len() as u32,
-                ..Response::to(request, ResultCode::SUCCESS)
-            },
-            data,
-        },
+        Ok((data, left_out)) => {
+            let response =
+                Response { data_length: data.len() as u32, ..Response::to(request, ResultCode::SUCCESS) };
+            Reply { response: left_out.mark(response), data }
+        }
         Err(ResultCode::NO_OBJ) if request.flags.contains(Flags::RECOVERY) => {
             let none = Response::to(request, ResultCode::NO_OBJ);
             Reply::empty(sheep.tombstones.mark(request.obj().oid, none))
@@ -215,10 +217,13 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     }
 }
 
-async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode> {
+async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, LeftOut), ResultCode> {
     let body = request.obj();
     if request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
+    }
+    if body.write_seq != 0 {
+        sheep.intents.read_for(body.oid, body.write_seq);
     }
     let view = admit(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
@@ -236,12 +241,12 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
         (true, true) => {
             match before_open_writes(&sheep.intents, store, replica, body.offset.into(), len).await {
                 Ok(None) => return Err(ResultCode::AGAIN),
-                Ok(Some(bytes)) => Ok(bytes),
+                Ok(Some(found)) => Ok(found),
                 Err(error) => Err(error),
             }
         }
-        (true, false) => store.read_once(replica, body.offset.into(), len).await,
-        (false, _) => store.read(replica, body.offset.into(), len).await,
+        (true, false) => store.read_once(replica, body.offset.into(), len).await.map(with_everything),
+        (false, _) => store.read(replica, body.offset.into(), len).await.map(with_everything),
     };
     match found {
         Err(StoreError::NoObject) => {}
@@ -263,8 +268,12 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     match store.read_stale(replica, epoch, body.offset.into(), len).await {
         // "I never had it" proves something only if this store was there in that epoch.
         Err(StoreError::NoObject) if recovering && !sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
-        stale => stale.map_err(|e| fault(sheep, &e)),
+        stale => stale.map(with_everything).map_err(|e| fault(sheep, &e)),
     }
+}
+
+fn with_everything(data: Bytes) -> (Bytes, LeftOut) {
+    (data, LeftOut::default())
 }
 
 async fn write(
@@ -280,6 +289,9 @@ async fn write(
     let id = write_id(&body);
     sheep.intents.asked(body.oid, id);
     let (view, _pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    if is_misnamed(sheep, &body, &view) {
+        return Err(ResultCode::OLD_NODE_VER);
+    }
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
@@ -292,8 +304,10 @@ async fn write(
                 let keep = || sheep.intents.keep(replica, id, request.epoch, offset, old, &payload);
                 tokio::task::block_in_place(keep).map_err(|error| unnoted(sheep, body.oid, &error))?;
             }
-            Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
-            Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
+            Err(error) => {
+                sheep.intents.not_done_yet(id);
+                return Err(crate::faults::peer_result(sheep, &error));
+            }
         }
     }
     if !plain {
@@ -319,6 +333,17 @@ async fn write(
 /// The number that a write's gateway gave it.
 fn write_id(body: &ObjRequest) -> WriteId {
     WriteId { writer: body.tgt_epoch.0, seq: body.write_seq }
+}
+
+/// Whether a gateway knows another redundancy of the VDI than this node, which takes the cluster's as it has not heard of the
+/// VDI yet: the write would go to a file of another name.
+fn is_misnamed(sheep: &Sheep, body: &ObjRequest, view: &View) -> bool {
+    let here = sheep.redundancy(body.oid.vid(), view);
+    if here.known || write_id(body).writer == 0 {
+        return false;
+    }
+    let policy = if is_coded(body.oid, &here) { here.policy.to_byte() } else { 0 };
+    (body.copies, body.copy_policy) != (here.copies, policy)
 }
 
 /// Writes of the object before are over.

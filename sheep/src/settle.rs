@@ -320,7 +320,8 @@ pub fn decode_ids(payload: &[u8]) -> Vec<WriteId> {
     pairs.map(|p| WriteId { writer: u32::get(p), seq: u32::get(&p[4..]) }).collect()
 }
 
-fn encode_ids(ids: &[WriteId]) -> Vec<u8> {
+/// Such a list.
+pub fn encode_ids(ids: &[WriteId]) -> Vec<u8> {
     ids.iter().flat_map(|id| [id.writer.to_le_bytes(), id.seq.to_le_bytes()].concat()).collect()
 }
 
@@ -412,9 +413,12 @@ pub async fn judge(
         }
     }
     let [kept, loose, undone] = verdicts.each_ref().map(|(_, ids)| ids.len());
-    tracing::info!(
-        "{oid}: of the writes of epoch {written} {kept} stand, {loose} as all have them that are left, {undone} are undone"
-    );
+    // Again and again if it waits for homes that are away.
+    if kept + loose + undone > 0 {
+        tracing::info!(
+            "{oid}: of the writes of epoch {written} {kept} stand, {loose} as all have them that are left, {undone} are undone"
+        );
+    }
     for (fate, ids) in verdicts.iter().filter(|(_, ids)| !ids.is_empty()) {
         decide_at(sheep, oid, &homes, *fate, ids, written, epoch).await?;
     }

@@ -41,6 +41,7 @@ pub fn is_settling(request: &Request) -> bool {
         order::LOOSE,
         order::LEVEL,
         order::HAS,
+        order::LEFT_OUT,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -66,6 +67,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::WRITE_STRIP => write_strip(sheep, &request, payload).await,
             order::LEVEL => level(sheep, &request).await,
             order::HAS => has(sheep, &request),
+            order::LEFT_OUT => return left_out(sheep, &request),
             order::REPAIR => repair(sheep, &request).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
@@ -136,8 +138,9 @@ fn done(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderRe
     let mut numbers = payload.chunks_exact(4).map(u32::get);
     let writer = numbers.next().filter(|w| *w != 0).ok_or(ResultCode::INVALID_PARMS)?;
     let open: Vec<u32> = numbers.collect();
+    let undecided = sheep.intents.has_open_of_before(writer, sheep.views.epoch());
     sheep.intents.done(writer, request.order().serial, &open);
-    Ok(OrderResponse::zeroed())
+    Ok(OrderResponse { verdict: undecided.into(), ..OrderResponse::zeroed() })
 }
 
 async fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
@@ -189,6 +192,10 @@ async fn repair(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, 
     }
     sheep.gateway.repair_strips(sheep, body.oid, body.kind).await?;
     Ok(OrderResponse::zeroed())
+}
+
+fn left_out(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    list(request, settle::encode_ids(&sheep.intents.open_of(named_strip(request))))
 }
 
 fn named_strip(request: &Request) -> Replica {

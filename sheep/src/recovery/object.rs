@@ -68,6 +68,10 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
             true => return mend(sheep, &view, oid, redundancy.copies).await,
         }
     }
+    // In an epoch that goes on: what this node had, and lost with a disk, may still be on its way to the others' disks.
+    if active.round.tgt_epoch == active.round.epoch && sheep.intents.may_be_done(oid) {
+        return Recovered::Later("writes of it are not known to be done".into());
+    }
     if is_coded(oid, &redundancy) {
         return match code_of(redundancy.policy) {
             Ok(code) => super::strip::recover(sheep, active, store, replica, code, size).await,

@@ -35,6 +35,8 @@ wire! {
         17 => copy_policy: u8,
         /// Strip index of a peer operation.
         18 => ec_index: u8,
+        /// Writes between nodes of this project: how often copies of a VDI were altered in the epoch, modulo 256; others send 0.
+        19 => alters: u8,
         /// Epoch whose version is wanted (recovery, GET_EPOCH, GET_HASH, COMPLETE_RECOVERY).
         20 => tgt_epoch: Epoch,
         /// Byte offset inside the object.
@@ -98,6 +100,14 @@ pub mod order {
     pub const OUTCOME: u8 = 19;
     /// Writes of strips that were kept although not all homes of their epoch were there to tell of them.
     pub const LOOSE: u8 = 20;
+    /// Wait until copies of VDIs were altered `serial` times in the epoch, and what was sent to homes of before is over.
+    pub const LEVEL: u8 = 21;
+    /// Is anything of the object here, of whatever epoch? `kind`: how many strips it has; 0 = it is replicated.
+    pub const HAS: u8 = 22;
+    /// Rebuild the strips of a coded object that are missing, and strip `kind` if all others fit without it.
+    pub const REPAIR: u8 = 23;
+    /// The writes of strip `kind` of which it is open here whether they stand: what a recovering node gets is without them.
+    pub const LEFT_OUT: u8 = 24;
 }
 
 wire! {

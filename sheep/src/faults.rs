@@ -1,8 +1,9 @@
 //! What a failing disk means for requests and for the node (spec 03, section 10; spec 06, 3.7).
 
+use std::io;
 use std::sync::Arc;
 
-use sheepdog_proto::ResultCode;
+use sheepdog_proto::{Oid, ResultCode};
 use sheepdog_store::StoreError;
 
 use crate::sheep::Sheep;
@@ -27,6 +28,22 @@ pub fn peer_result(sheep: &Arc<Sheep>, error: &StoreError) -> ResultCode {
             error.result()
         }
     }
+}
+
+/// The answer when something about `oid` could not be noted in the metadata directory. A node that cannot do that must not take
+/// part: it leaves, and the requester is told to try again (spec 06, 3.7).
+pub fn unnoted(sheep: &Sheep, oid: Oid, error: &io::Error) -> ResultCode {
+    tracing::error!("cannot note what is done to {oid}: {error}");
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => return ResultCode::NO_SPACE,
+        // Passes by.
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {}
+        _ => {
+            tracing::error!("leaving sheepdog cluster: the metadata directory cannot be used");
+            sheep.cluster.leave();
+        }
+    }
+    ResultCode::NETWORK_ERROR
 }
 
 /// As [`peer_result`] for a node that recovers: an unreadable file is not the same as none, because "none" would send

@@ -3,6 +3,9 @@
 //! A peer write enters with its epoch and holds its [`Pass`] until it is on disk. Before a new epoch is published the
 //! cluster task closes the gate and waits for the passes given out (the "write drain barrier" of spec 06, 3.4);
 //! otherwise a late write could land in a replica that another node has already copied.
+//!
+//! Altering the copies of a VDI changes homes, too, without a new epoch: the gate counts such changes, and a write that
+//! was sent before one of them does not get in after it.
 
 use std::sync::{Arc, OnceLock};
 
@@ -39,8 +42,18 @@ pub struct Pass {
 
 struct Open {
     epoch: Epoch,
+    alters: u8,
     token: Arc<Token>,
     drained: oneshot::Receiver<()>,
+}
+
+/// Why a write does not get in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The gate is closed or open for another epoch, or this node is behind.
+    Later,
+    /// Copies were altered after the write was sent: it may lack a home.
+    Over,
 }
 
 /// See the module's documentation.
@@ -68,9 +81,19 @@ impl Gate {
         self.lease.get().is_none_or(|lease| lease.is_fresh())
     }
 
-    /// As [`Gate::enter`] for what will be acknowledged; `None` also while the lease is not fresh.
-    pub fn enter_to_acknowledge(&self, epoch: Epoch) -> Option<Pass> {
-        if self.is_fresh() { self.enter(epoch) } else { None }
+    /// As [`Gate::enter`] for what will be acknowledged, which was sent when copies had been altered `alters` times in the epoch
+    /// (`None`: by a node that does not count). Also refused while the lease is not fresh.
+    pub fn enter_to_acknowledge(&self, epoch: Epoch, alters: Option<u8>) -> Result<Pass, Refused> {
+        if !self.is_fresh() {
+            return Err(Refused::Later);
+        }
+        let open = self.open.lock();
+        let open = open.as_ref().filter(|o| o.epoch == epoch).ok_or(Refused::Later)?;
+        match alters.map_or(0, |theirs| theirs.wrapping_sub(open.alters) as i8) {
+            0 => Ok(Pass { _token: open.token.clone() }),
+            1.. => Err(Refused::Later),
+            _ => Err(Refused::Over),
+        }
     }
 
     /// Lets nobody in and waits until everybody is out.
@@ -86,7 +109,8 @@ impl Gate {
         let old = {
             let mut open = self.open.lock();
             let Some(current) = open.as_mut() else { return };
-            let fresh = Open { epoch: current.epoch, token: Token::new(sender), drained };
+            let fresh =
+                Open { epoch: current.epoch, alters: current.alters, token: Token::new(sender), drained };
             *current.token.next.lock() = Some(fresh.token.clone());
             std::mem::replace(current, fresh)
         };
@@ -94,10 +118,10 @@ impl Gate {
         let _ = old.drained.await;
     }
 
-    /// Lets writes of `epoch` in.
-    pub fn open(&self, epoch: Epoch) {
+    /// Lets writes of `epoch` in, in which copies were altered `alters` times.
+    pub fn open(&self, epoch: Epoch, alters: u32) {
         let (sender, drained) = oneshot::channel();
-        *self.open.lock() = Some(Open { epoch, token: Token::new(sender), drained });
+        *self.open.lock() = Some(Open { epoch, alters: alters as u8, token: Token::new(sender), drained });
     }
 }
 
@@ -109,7 +133,7 @@ mod tests {
     async fn closing_waits_for_every_pass_and_refuses_new_ones() {
         let gate = Arc::new(Gate::default());
         assert!(gate.enter(Epoch(1)).is_none(), "closed at first");
-        gate.open(Epoch(1));
+        gate.open(Epoch(1), 0);
         assert!(gate.enter(Epoch(2)).is_none(), "another epoch");
         let pass = gate.enter(Epoch(1)).expect("open");
         let closing = tokio::spawn({
@@ -122,7 +146,7 @@ mod tests {
         assert!(!closing.is_finished(), "a pass is out");
         drop(pass);
         closing.await.expect("closed");
-        gate.open(Epoch(2));
+        gate.open(Epoch(2), 0);
         let pass = gate.enter(Epoch(2)).expect("open");
         let draining = tokio::spawn({
             let gate = gate.clone();
@@ -148,5 +172,17 @@ mod tests {
         drop(pass);
         draining.await.expect("drained");
         closing.await.expect("closed");
+    }
+
+    #[test]
+    fn a_write_to_the_homes_of_before_does_not_get_in_after_copies_were_altered() {
+        let gate = Gate::default();
+        gate.open(Epoch(1), 256 + 3);
+        let enter = |alters| gate.enter_to_acknowledge(Epoch(1), alters).map(drop);
+        assert_eq!(enter(Some(2)), Err(Refused::Over));
+        assert_eq!(enter(Some(3)), Ok(()));
+        assert_eq!(enter(Some(4)), Err(Refused::Later), "this node is behind");
+        assert_eq!(enter(None), Ok(()), "a node of the original does not count");
+        assert_eq!(gate.enter_to_acknowledge(Epoch(2), Some(3)).map(drop), Err(Refused::Later));
     }
 }

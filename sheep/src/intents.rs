@@ -30,7 +30,7 @@ use crate::undo_log::{Record, UndoLog};
 
 mod strips;
 
-pub use self::strips::before_open_writes;
+pub use self::strips::{LeftOut, before_open_writes};
 
 const FILE: &str = "dirty_objects";
 /// The side file is written anew when it has this many entries more than objects are in use.
@@ -43,6 +43,15 @@ const REMEMBER: Duration = Duration::from_secs(600);
 const GATEWAYS: usize = 1024;
 /// Writes of gateways that never tell (the original) count as done after this long.
 const UNTOLD: Duration = Duration::from_secs(5);
+
+/// How long writes in progress may take to be done before a home gives up taking over for now. Short: one of them may be
+/// waiting for this home, where it is sent again.
+const QUIET: Duration = Duration::from_millis(300);
+/// Between two looks at them.
+const QUIET_PAUSE: Duration = Duration::from_millis(5);
+
+/// After this long all homes have answered a write, or it was sent again; above the deadline of requests to peers.
+const ANSWERED: Duration = Duration::from_secs(60);
 
 /// A write: the process that is its gateway, and its number there. 0, 0 = by a gateway that does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -62,6 +71,8 @@ struct Live {
     oid: Oid,
     regions: u64,
     at: Instant,
+    /// It failed here, or was sent once more since it was begun: it is not done without this home.
+    again: bool,
 }
 
 /// The writes of a gateway that are done: those up to a number, except some.
@@ -301,8 +312,8 @@ impl Intents {
         } else {
             id.seq
         };
-        let live = writer.live.entry(seq).or_insert(Live { oid, regions: 0, at: now });
-        (live.oid, live.regions, live.at) = (oid, live.regions | regions, now);
+        let before = writer.live.get(&seq).map_or(0, |live| live.regions);
+        writer.live.insert(seq, Live { oid, regions: before | regions, at: now, again: false });
         true
     }
 
@@ -522,6 +533,27 @@ impl Intents {
             }
             settled.await;
         }
+    }
+
+    /// Waits until every write to the object that came here is known to be done; `false` = that takes too long.
+    pub async fn becomes_quiet(&self, oid: Oid) -> bool {
+        let quiet = async {
+            while self.is_busy(oid) {
+                tokio::time::sleep(QUIET_PAUSE).await;
+            }
+        };
+        tokio::time::timeout(QUIET, quiet).await.is_ok()
+    }
+
+    /// Whether all homes may have a write of the object that was begun here and of which it is not known that it is done.
+    pub fn may_be_done(&self, oid: Oid) -> bool {
+        let now = Instant::now();
+        let answered =
+            |id: u32, live: &Live| now.duration_since(live.at) >= if id == 0 { UNTOLD } else { ANSWERED };
+        let begun = self.writers.lock().iter().any(|(id, writer)| {
+            writer.live.values().any(|live| live.oid == oid && !live.again && !answered(*id, live))
+        });
+        begun || self.may_have_done_strip(oid)
     }
 
     /// Whether a write to the object is not known to be done.

@@ -13,9 +13,10 @@ use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{ClusterStatus, Epoch, Flags, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::StoreError;
 
-use crate::gate::Pass;
+use crate::faults::unnoted;
+use crate::gate::{Pass, Refused};
 use crate::gateway::object::is_coded;
-use crate::intents::{WriteId, before_open_writes, regions_of};
+use crate::intents::{LeftOut, WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
 use crate::recovery::lacking;
 use crate::sheep::Sheep;
@@ -61,7 +62,9 @@ async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Re
             let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &view));
             // Reads that belong to a write go on: settling waits for that write.
             let reading = request.opcode == Opcode::READ_PEER && request.obj().write_seq == 0;
-            if coded || (reading && !recovering) {
+            // A removal ends what is in doubt, which may wait for homes that never return.
+            let touching = coded && request.opcode != Opcode::REMOVE_PEER;
+            if touching || (reading && !recovering) {
                 tokio::select! {
                     () = sheep.intents.wait(oid) => {}
                     _ = sheep.views.changed_from(&view) => {}
@@ -96,22 +99,32 @@ async fn admit_write_when_ready(
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
         let view = admit_when_ready(sheep, request, oid).await?;
-        match sheep.gate.enter_to_acknowledge(request.epoch) {
+        match sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request)) {
             // In this order: whoever holds an object waits for the passes given out before. A gateway that gave up
             // meanwhile has sent the request again, and newer ones after it.
-            Some(pass) if !sheep.holds.is_held(oid) => {
+            Ok(pass) if !sheep.holds.is_held(oid) => {
                 return if wanted() { Ok((view, pass)) } else { Err(ResultCode::NETWORK_ERROR) };
             }
-            Some(pass) => {
+            Ok(pass) => {
                 drop(pass);
                 sheep.holds.released(oid).await;
             }
             // The gate closes shortly before the view changes. An ended lease may be renewed without a change.
-            None => {
+            Err(Refused::Later) => {
                 let _ = tokio::time::timeout(LEASE_CHECK, sheep.views.changed_from(&view)).await;
             }
+            Err(Refused::Over) => return Err(ResultCode::OLD_NODE_VER),
         }
     }
+}
+
+/// How often its gateway knew copies to have been altered when it sent a write; the original does not tell.
+fn alters_of(request: &Request) -> Option<u8> {
+    if request.opcode == Opcode::DECREF_PEER {
+        return None; // carries no such number
+    }
+    let body = request.obj();
+    (write_id(&body).writer != 0).then_some(body.alters)
 }
 
 /// Whether whoever sent a request still waits for its answer.
@@ -158,10 +171,12 @@ where
     if check_range(body.offset.into(), payload.len() as u64, size).is_err() {
         return Err((payload, done));
     }
-    if replica.strip.is_some() {
-        return Err((payload, done)); // what it replaces is read first
+    // What a strip's write replaces is read first.
+    if replica.strip.is_some() || is_misnamed(sheep, &body, &view) {
+        return Err((payload, done));
     }
-    let Some(pass) = sheep.gate.enter_to_acknowledge(request.epoch).filter(|_| sheep.holds.is_free()) else {
+    let entered = sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request));
+    let Some(pass) = entered.ok().filter(|_| sheep.holds.is_free()) else {
         return Err((payload, done));
     };
     let regions = regions_of(size, body.offset.into(), payload.len() as u64);
@@ -171,6 +186,9 @@ where
     let (sheep, request) = (sheep.clone(), *request);
     let finish = move |result: Result<(), StoreError>| {
         let _active = sheep.stats.peer(&request);
+        if result.is_err() {
+            sheep.intents.failed(body.oid, write_id(&body), request.epoch);
+        }
         let result = result.map_err(|e| crate::faults::peer_result(&sheep, &e));
         let result = result.and_then(|()| acknowledge(&sheep, pass));
         done(failed(&request, result.err().unwrap_or(ResultCode::SUCCESS)));
@@ -189,13 +207,11 @@ pub fn check_range(offset: u64, len: u64, size: u64) -> Result<(), ResultCode> {
 
 async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     match read_data(sheep, request).await {
-        Ok(data) => Reply {
-            response: Response {
-                data_length: data.len() as u32,
-                ..Response::to(request, ResultCode::SUCCESS)
-            },
-            data,
-        },
+        Ok((data, left_out)) => {
+            let response =
+                Response { data_length: data.len() as u32, ..Response::to(request, ResultCode::SUCCESS) };
+            Reply { response: left_out.mark(response), data }
+        }
         Err(ResultCode::NO_OBJ) if request.flags.contains(Flags::RECOVERY) => {
             let none = Response::to(request, ResultCode::NO_OBJ);
             Reply::empty(sheep.tombstones.mark(request.obj().oid, none))
@@ -204,10 +220,13 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     }
 }
 
-async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode> {
+async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, LeftOut), ResultCode> {
     let body = request.obj();
     if request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
+    }
+    if body.write_seq != 0 {
+        sheep.intents.read_for(body.oid, body.write_seq);
     }
     let view = admit(sheep, request, body.oid).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
@@ -225,12 +244,12 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
         (true, true) => {
             match before_open_writes(&sheep.intents, store, replica, body.offset.into(), len).await {
                 Ok(None) => return Err(ResultCode::AGAIN),
-                Ok(Some(bytes)) => Ok(bytes),
+                Ok(Some(found)) => Ok(found),
                 Err(error) => Err(error),
             }
         }
-        (true, false) => store.read_once(replica, body.offset.into(), len).await,
-        (false, _) => store.read(replica, body.offset.into(), len).await,
+        (true, false) => store.read_once(replica, body.offset.into(), len).await.map(with_everything),
+        (false, _) => store.read(replica, body.offset.into(), len).await.map(with_everything),
     };
     match found {
         Err(StoreError::NoObject) => {}
@@ -252,8 +271,12 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, Resul
     match store.read_stale(replica, epoch, body.offset.into(), len).await {
         // "I never had it" proves something only if this store was there in that epoch.
         Err(StoreError::NoObject) if recovering && !sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
-        stale => stale.map_err(|e| fault(sheep, &e)),
+        stale => stale.map(with_everything).map_err(|e| fault(sheep, &e)),
     }
+}
+
+fn with_everything(data: Bytes) -> (Bytes, LeftOut) {
+    (data, LeftOut::default())
 }
 
 async fn write(
@@ -269,6 +292,9 @@ async fn write(
     let id = write_id(&body);
     sheep.intents.asked(body.oid, id);
     let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    if is_misnamed(sheep, &body, &view) {
+        return Err(ResultCode::OLD_NODE_VER);
+    }
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
@@ -279,10 +305,12 @@ async fn write(
         match store.read(replica, offset, len).await {
             Ok(old) => {
                 let keep = || sheep.intents.keep(replica, id, request.epoch, offset, old, &payload);
-                tokio::task::block_in_place(keep).map_err(|error| unlogged(body.oid, &error))?;
+                tokio::task::block_in_place(keep).map_err(|error| unnoted(sheep, body.oid, &error))?;
             }
-            Err(StoreError::NoObject) => return Err(ResultCode::NO_OBJ),
-            Err(error) => return Err(crate::faults::peer_result(sheep, &error)),
+            Err(error) => {
+                sheep.intents.not_done_yet(id);
+                return Err(crate::faults::peer_result(sheep, &error));
+            }
         }
     }
     if !plain {
@@ -311,20 +339,27 @@ fn write_id(body: &ObjRequest) -> WriteId {
     WriteId { writer: body.tgt_epoch.0, seq: body.write_seq }
 }
 
-/// Writes of the object before are over.
-fn replaced(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
-    tokio::task::block_in_place(|| sheep.intents.replaced(oid)).map_err(|error| unlogged(oid, &error))
+/// Whether a gateway knows another redundancy of the VDI than this node, which takes the cluster's as it has not heard of the
+/// VDI yet: the write would go to a file of another name.
+fn is_misnamed(sheep: &Sheep, body: &ObjRequest, view: &View) -> bool {
+    let here = sheep.redundancy(body.oid.vid(), view);
+    if here.known || write_id(body).writer == 0 {
+        return false;
+    }
+    let policy = if is_coded(body.oid, &here) { here.policy.to_byte() } else { 0 };
+    (body.copies, body.copy_policy) != (here.copies, policy)
 }
 
-fn unlogged(oid: Oid, error: &std::io::Error) -> ResultCode {
-    tracing::error!("cannot note that {oid} is being written: {error}");
-    if error.kind() == std::io::ErrorKind::StorageFull { ResultCode::NO_SPACE } else { ResultCode::EIO }
+/// Writes of the object before are over.
+fn replaced(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
+    tokio::task::block_in_place(|| sheep.intents.replaced(oid)).map_err(|error| unnoted(sheep, oid, &error))
 }
 
 /// Notes a write that is about to begin.
 fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Result<(), ResultCode> {
     while !sheep.intents.begin(oid, id, regions) {
-        tokio::task::block_in_place(|| sheep.intents.enter(oid)).map_err(|error| unlogged(oid, &error))?;
+        tokio::task::block_in_place(|| sheep.intents.enter(oid))
+            .map_err(|error| unnoted(sheep, oid, &error))?;
     }
     Ok(())
 }

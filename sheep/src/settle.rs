@@ -25,6 +25,7 @@ use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode, Wir
 use sheepdog_store::{DigestOf, Replica, StoreError};
 
 use crate::cluster::ops::epoch_log;
+use crate::faults::unnoted;
 use crate::gateway::coded::{assemble, code_of, encode};
 use crate::gateway::grants::first_home;
 use crate::gateway::numbers::Outcome;
@@ -44,13 +45,8 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 const PULL_DEADLINE: Duration = Duration::from_secs(15);
 /// Deadline of small questions.
 const ASK_DEADLINE: Duration = Duration::from_secs(5);
-/// How long writes in progress may take to be done before a home gives up taking over for now. Short: one of them may be
-/// waiting for this home, where it is sent again.
-const QUIET: Duration = Duration::from_millis(300);
-/// Between two looks at them.
-const QUIET_PAUSE: Duration = Duration::from_millis(5);
-/// How long it waits to be decided about a write of which nobody knows whether it was acknowledged, when so few of its homes
-/// are here that they could not serve it, or a member does not answer that may be its gateway.
+/// How long it waits to be decided about a write of which nobody knows whether it was acknowledged when a member does not
+/// answer that may be its gateway.
 const KNOW_WAIT: Duration = Duration::from_secs(20);
 /// Bytes read at once when regions are taken over.
 const STEP: u64 = 1 << 20;
@@ -254,12 +250,9 @@ async fn pull(
     // Writes that come from now on wait; those that are here are done, so the source has them, before it is read.
     let _held = sheep.holds.hold(oid).await;
     sheep.gate.drain().await;
-    let quiet = async {
-        while sheep.intents.is_busy(oid) {
-            tokio::time::sleep(QUIET_PAUSE).await;
-        }
-    };
-    tokio::time::timeout(QUIET, quiet).await.map_err(|_| ResultCode::AGAIN)?;
+    if !sheep.intents.becomes_quiet(oid).await {
+        return Err(ResultCode::AGAIN);
+    }
     let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
     let (replica, size) = (Sheep::replica(oid), sheep.size_of(oid, &view));
     if !store.exists(replica) {
@@ -327,7 +320,8 @@ pub fn decode_ids(payload: &[u8]) -> Vec<WriteId> {
     pairs.map(|p| WriteId { writer: u32::get(p), seq: u32::get(&p[4..]) }).collect()
 }
 
-fn encode_ids(ids: &[WriteId]) -> Vec<u8> {
+/// Such a list.
+pub fn encode_ids(ids: &[WriteId]) -> Vec<u8> {
     ids.iter().flat_map(|id| [id.writer.to_le_bytes(), id.seq.to_le_bytes()].concat()).collect()
 }
 
@@ -407,21 +401,24 @@ pub async fn judge(
     let mut undecided = false;
     for (id, outcome) in open.iter().zip(outcomes) {
         let having = fates.get(id).into_iter().flatten().filter(|f| **f == Fate::Applied).count();
-        // Those that are here cannot serve it: the others come back and tell, or are lost.
-        let enough = all_answered && having >= code.data_strips();
         match outcome {
             Outcome::Acknowledged => give(*id, Fate::Kept),
             Outcome::Failed => give(*id, Fate::Undone),
-            Outcome::Unknown if enough || !sheep.intents.may_wait(oid, written, KNOW_WAIT) => {
+            // Those that are here can serve nobody: nothing is gained before others return, and these may have it or not.
+            Outcome::Unknown if having < code.data_strips() => undecided = true,
+            Outcome::Unknown if all_answered || !sheep.intents.may_wait(oid, written, KNOW_WAIT) => {
                 give(*id, Fate::Loose);
             }
             Outcome::Unknown => undecided = true,
         }
     }
     let [kept, loose, undone] = verdicts.each_ref().map(|(_, ids)| ids.len());
-    tracing::info!(
-        "{oid}: of the writes of epoch {written} {kept} stand, {loose} as all have them that are left, {undone} are undone"
-    );
+    // Again and again if it waits for homes that are away.
+    if kept + loose + undone > 0 {
+        tracing::info!(
+            "{oid}: of the writes of epoch {written} {kept} stand, {loose} as all have them that are left, {undone} are undone"
+        );
+    }
     for (fate, ids) in verdicts.iter().filter(|(_, ids)| !ids.is_empty()) {
         decide_at(sheep, oid, &homes, *fate, ids, written, epoch).await?;
     }
@@ -731,6 +728,14 @@ pub async fn decide(
             };
             match undone {
                 Ok(()) | Err(StoreError::NoObject) => {}
+                // A file that cannot be put right is a missing strip: it is computed from the others.
+                Err(StoreError::Io(error)) => {
+                    tracing::error!("{replica}: a write cannot be undone, giving it up: {error}");
+                    match store.remove(replica).await {
+                        Err(StoreError::NoObject) => sheep.recovery.lacking.note(oid, written),
+                        removed => removed.map_err(|e| fault(sheep, &e))?,
+                    }
+                }
                 Err(error) => return Err(fault(sheep, &error)),
             }
         }
@@ -752,10 +757,7 @@ fn note_decision(
 ) -> Result<(), ResultCode> {
     tracing::debug!("{oid}: {id:?} of epoch {written}: {fate:?}");
     let noted = tokio::task::block_in_place(|| sheep.intents.decided(oid, id, written, fate));
-    noted.map_err(|error| {
-        tracing::error!("cannot note what was decided about a write of {oid}: {error}");
-        ResultCode::EIO
-    })
+    noted.map_err(|error| unnoted(sheep, oid, &error))
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ pub struct View {
     pub copy_policy: u8,
     /// Default block size.
     pub block_size_shift: u8,
+    /// How often copies of a VDI were altered in this epoch: homes changed without a new one.
+    pub alters: u32,
     /// Recovery is disabled.
     pub disable_recovery: bool,
     /// This node.

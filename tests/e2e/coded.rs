@@ -113,6 +113,31 @@ fn strips_move_with_their_homes() {
     check(&mut cluster);
 }
 
+/// Other codes and block sizes: as many nodes may be lost as there are parity strips, written to without them or not.
+#[test]
+fn every_code_survives_the_loss_of_its_parity_in_nodes() {
+    for (data, parity, shift) in [(2, 2, 22), (4, 3, 20), (8, 2, 23)] {
+        let nodes = usize::from(data + parity);
+        let mut cluster = Builder::new(nodes).erasure(data, parity).block_size_shift(shift).start();
+        let vid = cluster.client().create_vdi("coded", u64::from(BLOCKS) << shift).expect("create");
+        write(&mut cluster, vid, 1);
+        for (version, first) in [(1, 0), (2, nodes - usize::from(parity))] {
+            let away = first..first + usize::from(parity);
+            away.clone().for_each(|node| cluster.kill9(node));
+            cluster.wait_running();
+            assert_version(&mut cluster, vid, version);
+            write(&mut cluster, vid, version + 1);
+            assert_version(&mut cluster, vid, version + 1);
+            away.for_each(|node| cluster.start(node));
+            cluster.wait_members(nodes);
+            cluster.wait_gathered();
+            cluster.assert_strips_agree(data, parity);
+            assert_version(&mut cluster, vid, version + 1);
+        }
+        check(&mut cluster);
+    }
+}
+
 /// T5, W-19: a strip file vanishes on a node that lives.
 #[test]
 fn a_missing_strip_is_decoded_and_rebuilt() {

@@ -127,3 +127,35 @@ fn strips_fit_together_soon_after_their_gateway_was_killed() {
     let cluster = Builder::new(4).gateway(GATEWAY).erasure(2, 1).start();
     kill_gateway_under_load(cluster, strips_fit);
 }
+
+/// A write is on one home alone when its gateway and all other homes die: more than parity makes up for. However long they are
+/// away, their strips are good when they return.
+#[test]
+fn strips_of_homes_that_were_away_for_long_are_not_given_up() {
+    let mut cluster = Builder::new(4).gateway(GATEWAY).erasure(2, 1).start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("busy", WRITERS as u64 * (4 << 20)).expect("create");
+    let mut regions = Region::divide(&mut client, vid, WRITERS).expect("regions");
+    regions.iter_mut().for_each(|r| r.settle(&mut client));
+    let load = Load::start(regions, vec![cluster.nodes[GATEWAY].port], 1);
+    wait_for("writes", Duration::from_secs(30), || (load.operations() > 300).then_some(()));
+    [1, 2].iter().for_each(|home| cluster.sigstop(*home));
+    wait_for("writers stuck", Duration::from_secs(5), || {
+        let now = load.operations();
+        std::thread::sleep(Duration::from_millis(100));
+        (load.operations() == now).then_some(())
+    });
+    [GATEWAY, 1, 2].iter().for_each(|node| cluster.kill9(*node));
+    let regions = load.stop();
+    // Longer than anything is waited for when it is decided about interrupted writes.
+    std::thread::sleep(Duration::from_secs(23));
+    [1, 2, GATEWAY].iter().for_each(|node| cluster.start(*node));
+    cluster.wait_members(4);
+    cluster.wait_gathered();
+    for node in 0..4 {
+        let mut client = cluster.nodes[node].client();
+        let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut client)).collect();
+        assert!(lost.is_empty(), "at node {node}: {lost:#?}");
+    }
+    cluster.assert_strips_agree(2, 1);
+}

@@ -6,8 +6,8 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use sheepdog_proto::header::ObjRequest;
-use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode};
+use sheepdog_proto::header::{ObjRequest, VdiStateRequest};
+use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::load::{Load, Region, Summary};
 use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait, wait_for};
 
@@ -68,6 +68,85 @@ fn checking_a_vdi_that_is_being_written_loses_nothing() {
     let summary = judge(&mut cluster, load, 3);
     eprintln!("{} writes during {checks} checks, 0 lost", summary.acknowledged);
     assert!(summary.acknowledged > 100 && checks > 0);
+}
+
+/// The same for a coded VDI, with strips that go missing meanwhile: each is rebuilt with everything that was written.
+#[test]
+fn checking_a_coded_vdi_that_is_being_written_loses_nothing() {
+    let mut cluster = Builder::new(6).erasure(4, 2).start();
+    let load = loaded(&mut cluster, 4);
+    let end = Instant::now() + duration();
+    let (mut checks, mut fixed) = (0, 0);
+    while Instant::now() < end {
+        for (oid, files) in cluster.strips() {
+            let nth = (oid.index() as usize + checks) % files.len();
+            let path = files.values().nth(nth).expect("as many strips");
+            std::fs::remove_file(path).expect("remove");
+        }
+        let text = cluster.dog_at(checks % 6, &["vdi", "check", "load"], &[]).ok();
+        assert!(text.ends_with("finish check&repair load\n"), "{text}");
+        fixed += text.matches("fixed").count();
+        checks += 1;
+    }
+    let regions = load.stop();
+    let text = cluster.dog(&["vdi", "check", "load"]).ok();
+    assert!(!text.contains("inconsistent") && !text.contains("failed"), "{text}");
+    let summary = Summary::of(&regions);
+    assert!(summary.violations.is_empty() && summary.errors.is_empty(), "{summary:#?}");
+    cluster.assert_strips_agree(4, 2);
+    // Also without any two nodes: data is decoded from parity.
+    for away in [[0, 1], [2, 5]] {
+        away.iter().for_each(|node| cluster.kill9(*node));
+        cluster.wait_running();
+        let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut cluster.client())).collect();
+        assert!(lost.is_empty(), "without {away:?}: {lost:#?}");
+        away.iter().for_each(|node| cluster.start(*node));
+        cluster.wait_gathered();
+    }
+    eprintln!("{} writes during {checks} checks that fixed {fixed} strips, 0 lost", summary.acknowledged);
+    assert!(summary.acknowledged > 100 && checks > 0);
+}
+
+/// Tells all nodes that a VDI has another number of copies, as `dog vdi alter-copy` does; one of them is frozen for the
+/// first moments of it.
+fn alter_copies(cluster: &mut Cluster, vid: VdiId, copies: u8, frozen: usize) {
+    let mut client = cluster.nodes[0].client();
+    let nr_copies_at = 554;
+    let written = client.write_obj(Oid::inode(vid), nr_copies_at, &[copies]).expect("an answer");
+    assert_eq!(written, ResultCode::SUCCESS);
+    cluster.sigstop(frozen);
+    let body = VdiStateRequest { new_vid: vid, copies, block_size_shift: 22, ..VdiStateRequest::zeroed() };
+    let request = Request::new(Opcode::ALTER_VDI_COPY).with_vdi_state(body);
+    client.send(request, &[]).expect("send");
+    std::thread::sleep(Duration::from_millis(60)); // so long it is behind
+    cluster.sigcont(frozen);
+    assert_eq!(client.receive().expect("an answer").0.result, ResultCode::SUCCESS);
+}
+
+/// Copies are altered while several gateways write, with and without a pause in which new homes get theirs: no write
+/// that is sent to the homes of before is missing on those of after.
+#[test]
+fn altering_copies_of_a_vdi_that_is_being_written_loses_nothing() {
+    let mut cluster = Builder::new(5).copies(2).start();
+    let load = loaded(&mut cluster, 6);
+    let vid = cluster.client().lookup("load", "", 0).expect("it exists");
+    let mut changes = 0;
+    for round in 0..setting("SHEEPDOG_ALTER_ROUNDS", 3) {
+        for copies in [3, 2, 3, 1, 4, 3, 5, 3] {
+            alter_copies(&mut cluster, vid, copies, 1 + changes % 4);
+            changes += 1;
+            if (round + changes as u64).is_multiple_of(3) {
+                let at = load.operations();
+                wait("more work", || load.operations() > at + 50);
+            }
+        }
+        cluster.wait_recovered();
+        let at = load.operations();
+        wait("more work", || load.operations() > at + 100);
+    }
+    let summary = judge(&mut cluster, load, 3);
+    eprintln!("{} writes during {changes} changes of copies, 0 lost", summary.acknowledged);
+    assert_eq!(cluster.epoch(0), Some(1), "no new epoch");
 }
 
 /// T9, T10, W-13, W-29: a member that is silent and that nobody declares dead. Reads and other objects go on, what waits

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sheepdog_proto::admin::{MD_INFO_LEN, MdInfo, decode_md_info};
 use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::binaries::system;
-use sheepdog_testkit::disk::{object_files, set_size};
+use sheepdog_testkit::disk::set_size;
 use sheepdog_testkit::load::{Load, Region, Summary};
 use sheepdog_testkit::{Builder, Cluster, Vdi, in_own_mounts, wait};
 
@@ -114,7 +114,8 @@ fn lose_under_load(cluster: &mut Cluster, spoil: impl FnOnce(&Path)) {
     let load = Load::start(regions, ports, 11);
     wait("the load to begin", || load.operations() > 400);
     let bad = cluster.nodes[1].disks[1].clone();
-    assert!(!object_files(&bad).is_empty());
+    let mut files = fs::read_dir(&bad).expect("a disk").filter_map(Result::ok);
+    assert!(files.any(|file| file.path().is_file()), "something is lost");
     let (before, epoch) = (disks(cluster, 1), cluster.epoch(0));
     spoil(&bad);
     wait("the disk to be given up", || disks(cluster, 1).len() == before.len() - 1);
@@ -133,7 +134,11 @@ fn lose_under_load(cluster: &mut Cluster, spoil: impl FnOnce(&Path)) {
         let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut client)).collect();
         assert!(lost.is_empty(), "lost, asked at node {node}: {lost:#?}");
     }
-    cluster.assert_replicas_equal(2);
+    if cluster.strips().is_empty() {
+        cluster.assert_replicas_equal(2);
+    } else {
+        cluster.assert_strips_agree(2, 1);
+    }
     // Space and its accounting follow the disk that is left.
     let now = disks(cluster, 1);
     assert!(now[0].used >= before[0].used, "the other disk has everything");
@@ -147,6 +152,20 @@ fn a_disk_that_becomes_read_only_is_replaced_by_the_others() {
         return;
     }
     let mut cluster = Builder::new(3).disks(2).copies(2).start();
+    lose_under_load(&mut cluster, |disk| {
+        let text = disk.display().to_string();
+        mount(&["--bind", &text], disk);
+        mount(&["-o", "remount,bind,ro"], disk);
+    });
+}
+
+/// Strips are computed from those of others that are being written to.
+#[test]
+fn a_disk_of_strips_that_becomes_read_only_is_replaced_by_the_others() {
+    if in_own_mounts("sick_disks::a_disk_of_strips_that_becomes_read_only_is_replaced_by_the_others") {
+        return;
+    }
+    let mut cluster = Builder::new(3).disks(2).erasure(2, 1).start();
     lose_under_load(&mut cluster, |disk| {
         let text = disk.display().to_string();
         mount(&["--bind", &text], disk);
@@ -238,4 +257,78 @@ fn an_unreadable_file_is_one_missing_object() {
     }
     assert_eq!(cluster.epoch(0), Some(1));
     cluster.assert_replicas_equal(3);
+}
+
+/// The same for a strip.
+#[test]
+fn an_unreadable_strip_is_one_missing_strip() {
+    let mut cluster = Builder::new(3).disks(2).erasure(2, 1).start();
+    let vid = cluster.client().create_vdi("one", 4 * BLOCK).expect("create");
+    let mut vdi = Vdi::open(&mut cluster.client(), vid).expect("open");
+    for block in 0..4 {
+        assert_eq!(create_whole(&mut cluster, vid, block), ResultCode::SUCCESS);
+        vdi.set_owner(&mut cluster.client(), block, vid).expect("map");
+    }
+    for round in 0..6 {
+        let oid = Oid::data(vid, round % 3);
+        let strips = cluster.strips().remove(&oid).expect("strips");
+        let (_, path) = strips.iter().find(|((node, _), _)| *node == 1).expect("one of each node");
+        fs::remove_file(path).expect("remove");
+        std::os::unix::fs::symlink(path, path).expect("a link to itself");
+        let mut client = cluster.nodes[round as usize % 3].client();
+        for block in 0..4 {
+            let (response, data) = client.read_obj(Oid::data(vid, block), 0, BLOCK as usize).expect("read");
+            assert_eq!(response.result, ResultCode::SUCCESS, "block {block}");
+            assert!(data == whole(block, 1), "block {block}");
+        }
+        if round < 3 {
+            let data = whole(round % 3, 1)[777..5000].to_vec();
+            assert_eq!(client.write_obj(oid, 777, &data).expect("write"), ResultCode::SUCCESS);
+        } else {
+            let text = cluster.dog(&["vdi", "check", "one"]).ok();
+            assert!(text.starts_with(&format!("fixed missing {oid}, copy index ")), "{text}");
+        }
+        assert!(path.is_file(), "round {round}: it is a file again");
+        cluster.assert_strips_agree(2, 1);
+    }
+    assert_eq!((cluster.epoch(0), disks(&cluster, 1).len()), (Some(1), 2), "the disk stays");
+}
+
+/// Spec 06, 3.7: a node that cannot note in its metadata directory what it is about to write leaves; the others, which were
+/// told so, stay and serve.
+#[test]
+fn a_node_whose_metadata_directory_fails_leaves_alone() {
+    if in_own_mounts("sick_disks::a_node_whose_metadata_directory_fails_leaves_alone") {
+        return;
+    }
+    for coded in [false, true] {
+        let builder = Builder::new(4).disks(1);
+        let mut cluster = if coded { builder.erasure(2, 1).start() } else { builder.copies(3).start() };
+        let mut client = cluster.client();
+        let vid = client.create_vdi("load", 32 * BLOCK).expect("create");
+        // Nothing is open there yet.
+        assert_eq!(cluster.stop(1), Some(0));
+        cluster.start(1);
+        cluster.wait_gathered();
+        let at = cluster.nodes[1].dir.clone();
+        mount(&["--bind", &at.display().to_string()], &at);
+        mount(&["-o", "remount,bind,ro"], &at);
+        let regions = Region::divide(&mut client, vid, 4).expect("regions");
+        let others = [0, 2, 3];
+        let load = Load::start(regions, others.map(|i| cluster.nodes[i].port).to_vec(), 5);
+        wait("writes", || load.operations() > 300);
+        let mut regions = load.stop();
+        wait("three members", || others.iter().all(|i| cluster.info(*i).is_some_and(|c| c.nodes.len() == 3)));
+        assert!(others.iter().all(|i| cluster.nodes[*i].is_running()));
+        wait("recovery", || others.iter().all(|i| cluster.recovery(*i).is_some_and(|s| s.in_recovery == 0)));
+        regions.iter_mut().for_each(|r| r.settle(&mut cluster.nodes[0].client()));
+        let summary = Summary::of(&regions);
+        assert!(summary.violations.is_empty() && summary.errors.is_empty(), "{summary:#?}");
+        for node in others {
+            let mut client = cluster.nodes[node].client();
+            let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut client)).collect();
+            assert!(lost.is_empty(), "lost, asked at node {node}: {lost:#?}");
+        }
+        assert!(run("umount", "mount", &["-l", &at.display().to_string()]));
+    }
 }

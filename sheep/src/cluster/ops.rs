@@ -383,7 +383,7 @@ pub fn alter_vdi_copy<'a>(
             Some(_) | None => {}
         }
         task.sheep.vdis.alter_copies(body.new_vid, body.copies, body.block_size_shift);
-        let actions = task.state.same_epoch_round();
+        let actions = task.state.copies_altered();
         apply(task, Ok(actions)).await
     })
 }

@@ -97,6 +97,8 @@ pub struct State {
     logged: Epoch,
     wildcard_pending: bool,
     completed: (Epoch, Vec<NodeId>),
+    /// How often copies of a VDI were altered in an epoch.
+    alters: (Epoch, u32),
 }
 
 fn ids(nodes: &[NodeRecord]) -> Vec<NodeId> {
@@ -145,12 +147,18 @@ impl State {
             logged: epoch,
             wildcard_pending: startup.wildcard,
             completed: (Epoch(0), Vec::new()),
+            alters: (Epoch(0), 0),
         }
     }
 
     /// The current epoch.
     pub fn epoch(&self) -> Epoch {
         self.info.header.epoch
+    }
+
+    /// How often copies of a VDI were altered in this epoch.
+    pub fn alters(&self) -> u32 {
+        if self.alters.0 == self.epoch() { self.alters.1 } else { 0 }
     }
 
     /// Whether weights follow from the space of the nodes.
@@ -346,6 +354,8 @@ impl State {
             self.learn_config();
         }
         let old = self.info.nodes.clone();
+        // Nodes that were restarted do not know how many there were in an epoch that goes on.
+        self.alters = (Epoch(0), 0);
         if ids(&self.members) != ids(&old) {
             self.raise_epoch(old, actions);
         } else {
@@ -530,6 +540,18 @@ impl State {
         self.info.header.nr_copies = copies;
         self.config.copies = copies;
         Ok(vec![Action::SaveConfig, Action::Publish])
+    }
+
+    /// ALTER_VDI_COPY, once the table has the new number: homes change in the present epoch. What is no longer at home here is
+    /// put away at once: it would be out of date if the next change made it a replica again.
+    pub fn copies_altered(&mut self) -> Vec<Action> {
+        let epoch = self.epoch();
+        self.alters = (epoch, self.alters() + 1);
+        let mut actions = self.same_epoch_round();
+        if self.status == ClusterStatus::Ok {
+            actions.insert(0, Action::StashMoved(Epoch(epoch.0.saturating_sub(1))));
+        }
+        actions
     }
 
     /// A round in the present epoch: redundancy or disks changed.

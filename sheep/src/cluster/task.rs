@@ -126,6 +126,7 @@ pub fn view_of(state: &State) -> View {
         nr_copies: h.nr_copies,
         copy_policy: h.copy_policy,
         block_size_shift: h.block_size_shift,
+        alters: state.alters(),
         disable_recovery: h.disable_recovery != 0,
         me: state.me.nid,
         ring,
@@ -503,14 +504,14 @@ impl Task {
 
     fn publish(&mut self) {
         let view = view_of(&self.state);
-        let (status, epoch) = (view.status, view.epoch);
+        let (status, epoch, alters) = (view.status, view.epoch, view.alters);
         if self.sheep.views.epoch() != epoch {
             self.sheep.intents.epoch_ends();
         }
         // Open first: whoever sees the new view finds the gate open.
         let ending = status == ClusterStatus::Killed && self.state.joined && !self.state.left;
         if status == ClusterStatus::Ok || status == ClusterStatus::Shutdown || ending {
-            self.sheep.gate.open(epoch);
+            self.sheep.gate.open(epoch, alters);
         }
         self.sheep.views.publish(view);
         self.sheep.gateway.arbiter.forget_other(epoch);

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use sheepdog_buffer::PageBuf;
+use sheepdog_client::Reply;
 use sheepdog_erasure::{Code, STRIPE, StripeRange};
 use sheepdog_proto::header::ObjRequest;
 use sheepdog_proto::{CopyPolicy, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
@@ -74,7 +75,12 @@ impl Attempt<'_> {
         };
         let body = match opcode {
             Opcode::READ_PEER => body,
-            _ => ObjRequest { tgt_epoch: Epoch(self.id.writer), write_seq: self.id.seq, ..body },
+            _ => ObjRequest {
+                tgt_epoch: Epoch(self.id.writer),
+                write_seq: self.id.seq,
+                alters: self.view.alters as u8,
+                ..body
+            },
         };
         Request::new(opcode).epoch(self.view.epoch).with_obj(body)
     }
@@ -145,27 +151,77 @@ impl Attempt<'_> {
         deciding(&failures).map_or(Ok(()), Err)
     }
 
-    /// Gives every home that lacks its strip a rebuilt one. Nobody else touches the object meanwhile.
+    /// Gives every home that lacks its strip, or cannot read all of it, a rebuilt one. Nobody else touches the object
+    /// meanwhile.
     pub async fn heal(&self, object_size: u64) -> Result<(), Failure> {
-        let range = StripeRange::of(0, u32::try_from(object_size).unwrap_or(u32::MAX));
-        let homes = self.homes()?;
-        let mut lacking = Vec::new();
-        for (index, node) in homes.iter().enumerate() {
-            let probe = self.request(Opcode::READ_PEER, index, 0).length(1);
-            match call(self.sheep, *node, probe, Bytes::new()).await {
-                Ok(_) => {}
-                Err(f) if f.code == ResultCode::NO_OBJ => lacking.push(index),
-                Err(failure) => return Err(failure),
-            }
+        let strips = self.strips(object_size).await?;
+        self.rebuild(object_size, &strips).await
+    }
+
+    /// As [`Attempt::heal`], and replaces strip `suspect` if all others fit without it.
+    pub async fn repair(&self, object_size: u64, suspect: usize) -> Result<(), Failure> {
+        let mut strips = self.strips(object_size).await?;
+        if strips.iter().all(Option::is_some) && self.is_misfit(&strips, suspect)? {
+            tracing::warn!("{}: strip {suspect} does not fit the others, which do", self.oid);
+            strips[suspect] = None;
         }
-        if homes.len() - lacking.len() < self.code.data_strips() {
+        self.rebuild(object_size, &strips).await
+    }
+
+    /// Every strip as a whole; `None` = its home lacks it or cannot read it.
+    async fn strips(&self, object_size: u64) -> Result<Vec<Option<Bytes>>, Failure> {
+        let range = self.whole(object_size);
+        let (offset, len) = (range.strip_offset(self.code), range.strip_len(self.code) as usize);
+        let homes = self.homes()?;
+        let reads = homes.iter().enumerate().map(|(index, node)| {
+            let request = self.request(Opcode::READ_PEER, index, offset).length(len);
+            call(self.sheep, *node, request, Bytes::new())
+        });
+        let strip = |read: Result<Reply, Failure>| match read {
+            Ok(reply) => Ok(Some(reply.data)),
+            Err(failure) if failure.code == ResultCode::NO_OBJ => Ok(None),
+            Err(failure) => Err(failure),
+        };
+        join_all(reads).await.into_iter().map(strip).collect()
+    }
+
+    fn whole(&self, object_size: u64) -> StripeRange {
+        StripeRange::of(0, u32::try_from(object_size).unwrap_or(u32::MAX))
+    }
+
+    /// Whether the strips fit together without `suspect`, but not with it. It takes two parity strips to tell.
+    fn is_misfit(&self, strips: &[Option<Bytes>], suspect: usize) -> Result<bool, Failure> {
+        let others = strips.iter().enumerate().filter(|(index, _)| *index != suspect);
+        let others: Vec<(usize, Bytes)> = others.filter_map(|(i, s)| Some((i, s.clone()?))).collect();
+        let data = self.code.data_strips();
+        if others.len() <= data || suspect >= strips.len() {
+            return Ok(false);
+        }
+        let len = others[0].1.len() * data;
+        let object = assemble(self.code, others[..data].to_vec(), len)?;
+        let fitting = encode(self.code, &object, strips.len())?;
+        let fits = |index: usize| strips[index].as_ref() == Some(&fitting[index]);
+        Ok(others.iter().all(|(index, _)| fits(*index)) && !fits(suspect))
+    }
+
+    /// Computes the strips that are not there from those that are, and gives them to their homes.
+    async fn rebuild(&self, object_size: u64, strips: &[Option<Bytes>]) -> Result<(), Failure> {
+        let lacking: Vec<usize> = (0..strips.len()).filter(|index| strips[*index].is_none()).collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let data = self.code.data_strips();
+        let there = strips.iter().enumerate().filter_map(|(i, s)| Some((i, s.clone()?)));
+        let there: Vec<(usize, Bytes)> = there.take(data).collect();
+        if there.len() < data {
             return Err(ResultCode::NO_OBJ.into());
         }
-        let object = self.load(range).await?.freeze();
-        let strips = encode(self.code, &object, homes.len())?;
+        let homes = self.homes()?;
+        let object = assemble(self.code, there, self.whole(object_size).object_len() as usize)?;
+        let rebuilt = encode(self.code, &object, homes.len())?;
         for index in lacking {
             let request = self.request(Opcode::CREATE_AND_WRITE_PEER, index, 0).flag(Flags::WRITE);
-            call(self.sheep, homes[index], request, strips[index].clone()).await?;
+            call(self.sheep, homes[index], request, rebuilt[index].clone()).await?;
         }
         Ok(())
     }

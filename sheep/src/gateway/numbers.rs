@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,8 +24,8 @@ use crate::view::View;
 
 /// Between a write's end and telling homes of it; others that end meanwhile are told along with it.
 const TELL_AFTER: Duration = Duration::from_millis(30);
-/// A write that ended without a known outcome counts as done when its epoch is over and this has passed: by then it was
-/// settled.
+/// A write that ended without a known outcome counts as done when its epoch is over, this has passed, and no member has
+/// anything of it that is not settled.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 /// What could not be told is tried again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
@@ -91,35 +91,54 @@ impl Outcome {
 
 /// The number of a write in progress. Dropped without [`Number::done`], the outcome is unknown.
 pub struct Number {
-    id: WriteId,
+    writer: u32,
+    seq: AtomicU32,
     sheep: Arc<Sheep>,
-    sent: AtomicBool,
+    /// The epoch of the last attempt; 0 = there was none.
+    sent: AtomicU32,
     over: bool,
 }
 
 impl Number {
-    /// What homes know the write by; from here on some may have it.
-    pub fn send(&self) -> WriteId {
-        self.sent.store(true, Ordering::Release);
-        self.id
+    /// What homes know the write by.
+    pub fn id(&self) -> WriteId {
+        WriteId { writer: self.writer, seq: self.seq.load(Ordering::Acquire) }
     }
 
-    /// Whether a home may have it.
-    pub fn is_sent(&self) -> bool {
-        self.sent.load(Ordering::Acquire)
+    /// As [`Number::id`]; from here on some homes may have it, as of `epoch`.
+    pub fn send(&self, epoch: Epoch) -> WriteId {
+        self.sent.store(epoch.0, Ordering::Release);
+        self.id()
+    }
+
+    /// The epoch of the last attempt: homes may have what it wrote. `None` = none has anything.
+    pub fn sent_in(&self) -> Option<Epoch> {
+        let epoch = Epoch(self.sent.load(Ordering::Acquire));
+        (epoch != Epoch(0)).then_some(epoch)
+    }
+
+    /// What was sent is taken back on all homes: the next attempt is another write to them, under another number. They
+    /// remember for a while that this one was undone.
+    pub fn renew(&self) {
+        let numbers = &self.sheep.gateway.numbers;
+        let mut state = numbers.state.lock();
+        state.end(self.seq.load(Ordering::Acquire));
+        self.seq.store(state.next(), Ordering::Release);
+        self.sent.store(0, Ordering::Release);
+        numbers.ended.notify_one();
     }
 
     /// An attempt in `epoch` succeeded. `false` = its homes were told before that it will not: it is undone where it is.
     #[must_use]
     pub fn succeed(&self, epoch: Epoch) -> bool {
-        self.sheep.gateway.numbers.state.lock().succeed(self.id.seq, epoch)
+        self.sheep.gateway.numbers.state.lock().succeed(self.id().seq, epoch)
     }
 
     /// All homes have the write, or none has it.
     pub fn done(mut self) {
         self.over = true;
         let numbers = &self.sheep.gateway.numbers;
-        numbers.state.lock().end(self.id.seq);
+        numbers.state.lock().end(self.id().seq);
         numbers.ended.notify_one();
     }
 }
@@ -128,7 +147,7 @@ impl Drop for Number {
     fn drop(&mut self) {
         if !self.over {
             let mut state = self.sheep.gateway.numbers.state.lock();
-            state.abandoned.push((Instant::now(), self.sheep.views.epoch(), self.id.seq));
+            state.abandoned.push((Instant::now(), self.sheep.views.epoch(), self.id().seq));
         }
     }
 }
@@ -152,6 +171,13 @@ impl State {
         let barred = self.barred.entry(seq).or_default();
         *barred = epoch.max(*barred);
         Outcome::Failed
+    }
+
+    /// Begins a write.
+    fn next(&mut self) -> u32 {
+        self.last = self.last.wrapping_add(1).max(1); // 0 is what the original sends
+        self.outstanding.insert(self.last);
+        self.last
     }
 
     fn touch(&mut self, node: NodeId) {
@@ -186,21 +212,15 @@ impl Numbers {
         ids.iter().map(of).collect()
     }
 
+    /// What homes know this gateway by, of an operation that needs no number.
+    pub fn none(&self) -> WriteId {
+        WriteId { writer: self.writer, seq: 0 }
+    }
+
     /// Begins a write.
     pub fn begin(&self, sheep: &Arc<Sheep>) -> Number {
-        let mut state = self.state.lock();
-        state.last = state.last.wrapping_add(1);
-        if state.last == 0 {
-            state.last = 1; // 0 is what the original sends
-        }
-        let seq = state.last;
-        state.outstanding.insert(seq);
-        Number {
-            id: WriteId { writer: self.writer, seq },
-            sheep: sheep.clone(),
-            sent: AtomicBool::new(false),
-            over: false,
-        }
+        let seq = AtomicU32::new(self.state.lock().next());
+        Number { writer: self.writer, seq, sheep: sheep.clone(), sent: AtomicU32::new(0), over: false }
     }
 
     /// `node` gets a write.
@@ -208,29 +228,68 @@ impl Numbers {
         self.state.lock().touch(node);
     }
 
-    /// What homes are to be told: the highest number given out, those up to it that are not done, and the homes.
-    fn news(&self, view: &View) -> (u32, Vec<u32>, Vec<(NodeId, u64)>) {
-        let mut state = self.state.lock();
+    /// Writes that were abandoned long ago, in an epoch that is over.
+    fn forgettable(&self, view: &View) -> Vec<u32> {
         let now = Instant::now();
-        let forgotten: Vec<u32> = state
-            .abandoned
-            .extract_if(.., |(at, epoch, _)| now.duration_since(*at) >= FORGET_AFTER && *epoch != view.epoch)
-            .map(|(_, _, seq)| seq)
-            .collect();
-        forgotten.iter().for_each(|seq| state.end(*seq));
-        if !forgotten.is_empty() {
-            view.members().iter().for_each(|node| state.touch(node.nid));
-        }
+        let state = self.state.lock();
+        let old = |(at, epoch, _): &&(Instant, Epoch, u32)| {
+            now.duration_since(*at) >= FORGET_AFTER && *epoch != view.epoch
+        };
+        state.abandoned.iter().filter(old).map(|(.., seq)| *seq).collect()
+    }
+
+    fn forget(&self, view: &View, seqs: &[u32]) {
+        let mut state = self.state.lock();
+        state.abandoned.retain(|(.., seq)| !seqs.contains(seq));
+        seqs.iter().for_each(|seq| state.end(*seq));
+        view.members().iter().for_each(|node| state.touch(node.nid));
+    }
+
+    /// What homes are to be told: the highest number given out, those up to it that are not done, and the homes.
+    fn news(&self) -> (u32, Vec<u32>, Vec<(NodeId, u64)>) {
+        let state = self.state.lock();
         let homes = state.untold.iter().map(|(node, mark)| (*node, *mark)).collect();
         (state.last, state.outstanding.iter().copied().collect(), homes)
     }
 }
 
+/// Ends what was abandoned long ago, if all members say that nothing of this gateway is undecided there.
+async fn forget(sheep: &Arc<Sheep>) {
+    let numbers = &sheep.gateway.numbers;
+    let view = sheep.views.load();
+    let old = numbers.forgettable(&view);
+    if old.is_empty() || sheep.intents.has_open_of_before(numbers.writer, view.epoch) {
+        return;
+    }
+    let (last, open, _) = numbers.news();
+    let (request, payload) = message(numbers.writer, last, &open);
+    let others = view.members().iter().map(|n| n.nid).filter(|node| *node != sheep.me);
+    let answers = others.map(|node| {
+        let payload = payload.clone();
+        async move { sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await }
+    });
+    let settled = join_all(answers).await.into_iter().all(|answer| {
+        answer.is_ok_and(|reply| match reply.response.result {
+            ResultCode::INVALID_PARMS => true,
+            code => code.is_ok() && reply.response.order().verdict == 0,
+        })
+    });
+    if settled && sheep.views.epoch() == view.epoch {
+        numbers.forget(&view, &old);
+    }
+}
+
 /// Tells homes what is done, for ever.
 pub async fn run(sheep: Arc<Sheep>) {
+    let mut forgotten = Instant::now();
     loop {
         if tokio::time::timeout(AGAIN_AFTER, sheep.gateway.numbers.ended.notified()).await.is_ok() {
             tokio::time::sleep(TELL_AFTER).await;
+        }
+        if forgotten.elapsed() >= AGAIN_AFTER {
+            forgotten = Instant::now();
+            let sheep = sheep.clone();
+            tokio::spawn(async move { forget(&sheep).await });
         }
         drop(tell(&sheep));
     }
@@ -241,19 +300,22 @@ pub async fn tell_now(sheep: &Arc<Sheep>) {
     let _ = tokio::time::timeout(TELL_LIMIT, join_all(tell(sheep))).await;
 }
 
+/// Everything up to `last` is done, except `open`.
+fn message(writer: u32, last: u32, open: &[u32]) -> (Request, Bytes) {
+    let mut payload = writer.to_le_bytes().to_vec();
+    payload.extend(open.iter().flat_map(|seq| seq.to_le_bytes()));
+    let body = OrderRequest { what: order::DONE, serial: last, ..OrderRequest::zeroed() };
+    (Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).with_order(body), payload.into())
+}
+
 fn tell(sheep: &Arc<Sheep>) -> Vec<JoinHandle<()>> {
     let numbers = &sheep.gateway.numbers;
-    let view = sheep.views.load();
-    let (last, open, nodes) = numbers.news(&view);
+    let (last, open, nodes) = numbers.news();
     if last == 0 {
         return Vec::new(); // nothing was ever written here
     }
     sheep.intents.done(numbers.writer, last, &open);
-    let mut payload = numbers.writer.to_le_bytes().to_vec();
-    payload.extend(open.iter().flat_map(|seq| seq.to_le_bytes()));
-    let payload = Bytes::from(payload);
-    let body = OrderRequest { what: order::DONE, serial: last, ..OrderRequest::zeroed() };
-    let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).with_order(body);
+    let (request, payload) = message(numbers.writer, last, &open);
     // What is open now will end without touching its homes again: they stay on the list.
     let everything = open.is_empty();
     let calls = nodes.into_iter().filter(|(node, _)| *node != sheep.me).map(|(node, mark)| {

@@ -72,9 +72,7 @@ where
             Ok(value) => return Ok(value),
             Err(failure) => failure,
         };
-        if failure.code == ResultCode::EIO && view.my_position(oid, redundancy.copies).is_some() {
-            sheep.cluster.leave();
-        } else if !failure.code.is_retriable() {
+        if !failure.code.is_retriable() {
             return Err(failure.code);
         }
         if !complained {
@@ -111,17 +109,35 @@ pub(super) async fn conclude(
     if matches!(error, Some(&(ResultCode::KILLED | ResultCode::SHUTDOWN))) {
         return; // the end of the epoch settles it
     }
-    let nowhere = error.is_none_or(|code| *code == ResultCode::NO_OBJ) || !number.is_sent();
-    if !nowhere {
-        let view = sheep.views.load();
-        let kept = sheep.redundancy(oid.vid(), &view);
-        if let Err(failure) = op.undo(sheep, &view, oid, kept, number.send()).await {
-            // It stays in doubt, and the end of the epoch settles it.
-            tracing::warn!("{oid}: a failed write was not undone everywhere: {}", failure.code);
-            return;
-        }
+    if error.is_none() || take_back(sheep, oid, op, &number).await {
+        number.done();
     }
-    number.done();
+}
+
+/// Takes an attempt at a write that failed back where it is. The caller still holds its turn, and keeps it until that is
+/// done: undone later, it would undo newer writes of the same bytes. `false` = it stays in doubt, and the end of the epoch
+/// settles it.
+pub(super) async fn take_back(sheep: &Arc<Sheep>, oid: Oid, op: &Op, number: &Number) -> bool {
+    let Some(epoch) = number.sent_in() else { return true };
+    let mut pause = BACKOFF.0;
+    let mut complained = false;
+    loop {
+        let view = sheep.views.load();
+        if view.epoch != epoch || view.status == ClusterStatus::Killed {
+            return false;
+        }
+        let kept = sheep.redundancy(oid.vid(), &view);
+        let Err(failure) = op.undo(sheep, &view, oid, kept, number.id()).await else { return true };
+        if !complained {
+            tracing::warn!("{oid}: a failed write is not undone everywhere: {}", failure.code);
+            complained = true;
+        }
+        if !is_coded(oid, &kept) && !failure.code.is_retriable() {
+            return false;
+        }
+        let _ = tokio::time::timeout(pause, sheep.views.changed_from(&view)).await;
+        pause = (pause * 2).min(BACKOFF.1);
+    }
 }
 
 impl Gateway {
@@ -140,6 +156,9 @@ impl Gateway {
             if result != Err(ResultCode::STALE_OBJ) {
                 conclude(sheep, oid, &op, number, result.as_ref().err()).await;
                 return result;
+            }
+            if let Some(number) = &number {
+                op.begin_anew(sheep, oid, number).await;
             }
         }
         // A home lacks its replica: give it one while nobody writes, then write.
@@ -209,6 +228,11 @@ impl Gateway {
         self.run(sheep, oid, Op::Write { offset, data }).await.map(drop)
     }
 
+    /// Rebuilds the strips of a coded object that are missing, and `suspect` if all others fit without it.
+    pub async fn repair_strips(&self, sheep: &Arc<Sheep>, oid: Oid, suspect: u8) -> Result<(), ResultCode> {
+        self.run(sheep, oid, Op::Repair { suspect }).await.map(drop)
+    }
+
     /// Creates or replaces an object on all replicas: zeros but for `data` at `offset`.
     pub async fn create_object(
         &self,
@@ -240,8 +264,7 @@ impl Gateway {
             .await;
         }
         retry(sheep, oid, false, |view, kept| async move {
-            let request =
-                request_for(Opcode::REMOVE_PEER, oid, 0, view.epoch, kept.copies, WriteId::default());
+            let request = request_for(Opcode::REMOVE_PEER, oid, 0, &view, kept.copies, self.numbers.none());
             replicas::fan_out(sheep, &view, request, Bytes::new(), kept.copies).await
         })
         .await

@@ -10,7 +10,7 @@ use sheepdog_proto::{Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
 
 use super::coded::{Attempt, code_of, overlay};
 use super::numbers::Number;
-use super::object::is_coded;
+use super::object::{is_coded, take_back};
 use super::replicas::{self, Failure};
 use crate::intents::WriteId;
 use crate::settle;
@@ -42,6 +42,11 @@ pub enum Op {
         /// What to write.
         data: Bytes,
     },
+    /// Rebuilds strips of a coded object that are missing, and one that does not fit.
+    Repair {
+        /// The index of the strip that may not fit.
+        suspect: u8,
+    },
 }
 
 /// So often a home may lack an object that it was just given, because its disk is failing at that moment.
@@ -63,7 +68,7 @@ pub(super) fn request_for(
     opcode: Opcode,
     oid: Oid,
     offset: u64,
-    epoch: Epoch,
+    view: &View,
     copies: u8,
     id: WriteId,
 ) -> Request {
@@ -71,11 +76,12 @@ pub(super) fn request_for(
         oid,
         offset: offset as u32,
         copies,
+        alters: view.alters as u8,
         tgt_epoch: Epoch(if opcode == Opcode::READ_PEER { 0 } else { id.writer }),
         write_seq: id.seq,
         ..ObjRequest::zeroed()
     };
-    let request = Request::new(opcode).epoch(epoch).with_obj(body);
+    let request = Request::new(opcode).epoch(view.epoch).with_obj(body);
     if opcode == Opcode::READ_PEER || opcode == Opcode::REMOVE_PEER {
         request
     } else {
@@ -90,6 +96,7 @@ impl Op {
             Op::Read { .. } => Opcode::READ_OBJ,
             Op::Write { .. } => Opcode::WRITE_OBJ,
             Op::Create { .. } => Opcode::CREATE_AND_WRITE_OBJ,
+            Op::Repair { .. } => Opcode::REPAIR_REPLICA,
         }
     }
 
@@ -97,6 +104,7 @@ impl Op {
     pub fn offset(&self) -> u64 {
         match self {
             Op::Read { offset, .. } | Op::Write { offset, .. } | Op::Create { offset, .. } => *offset,
+            Op::Repair { .. } => 0,
         }
     }
 
@@ -105,6 +113,7 @@ impl Op {
         match self {
             Op::Read { len, .. } => *len,
             Op::Write { data, .. } | Op::Create { data, .. } => data.len(),
+            Op::Repair { .. } => 0,
         }
     }
 
@@ -113,10 +122,10 @@ impl Op {
         !matches!(self, Op::Read { .. })
     }
 
-    /// The bytes that it touches: whole stripes of a coded object, everything when it creates.
+    /// The bytes that it touches: whole stripes of a coded object, everything when it creates or repairs.
     pub fn range(&self, coded: bool) -> Range<u64> {
         match self {
-            Op::Create { .. } => 0..u64::MAX,
+            Op::Create { .. } | Op::Repair { .. } => 0..u64::MAX,
             _ if coded => {
                 let stripes = self.stripes();
                 let start = u64::from(stripes.object_offset());
@@ -145,6 +154,9 @@ impl Op {
         match outcome {
             Err(Failure { code: ResultCode::STALE_OBJ, .. }) if scratch.heal && scratch.healed < HEALS => {
                 scratch.healed += 1;
+                if let Some(number) = number {
+                    self.begin_anew(sheep, oid, number).await;
+                }
                 Err(ResultCode::NETWORK_ERROR.into())
             }
             outcome => outcome,
@@ -160,7 +172,7 @@ impl Op {
         scratch: &mut Scratch,
         number: Option<&Number>,
     ) -> Result<Bytes, Failure> {
-        let id = number.map(Number::send).unwrap_or_default();
+        let id = number.map(|n| n.send(view.epoch)).unwrap_or_default();
         if is_coded(oid, &kept) {
             let coded = Attempt { sheep, view, oid, code: code_of(kept.policy)?, id };
             let data = self.attempt_coded(&coded, sheep.size_of(oid, view), scratch).await?;
@@ -169,9 +181,9 @@ impl Op {
                 false => Err(ResultCode::OLD_NODE_VER.into()),
             };
         }
-        let request = |opcode, offset| request_for(opcode, oid, offset, view.epoch, kept.copies, id);
+        let request = |opcode, offset| request_for(opcode, oid, offset, view, kept.copies, id);
         let reading =
-            |offset| request_for(Opcode::READ_PEER, oid, offset, view.epoch, kept.copies, WriteId::default());
+            |offset| request_for(Opcode::READ_PEER, oid, offset, view, kept.copies, WriteId::default());
         if scratch.heal {
             let read = request(Opcode::READ_PEER, 0).length(sheep.size_of(oid, view) as usize);
             let create = request(Opcode::CREATE_AND_WRITE_PEER, 0);
@@ -190,6 +202,16 @@ impl Op {
                 let create = request(Opcode::CREATE_AND_WRITE_PEER, *offset);
                 replicas::fan_out(sheep, view, create, data.clone(), kept.copies).await.map(|()| Bytes::new())
             }
+            Op::Repair { .. } => Err(ResultCode::INVALID_PARMS.into()),
+        }
+    }
+
+    /// Some homes lack a strip, others have the write already. What is rebuilt from those would be with it, and stay so if it
+    /// fails in the end: it is taken back first, and made anew.
+    pub(super) async fn begin_anew(&self, sheep: &Arc<Sheep>, oid: Oid, number: &Number) {
+        let coded = is_coded(oid, &sheep.redundancy(oid.vid(), &sheep.views.load()));
+        if coded && take_back(sheep, oid, self, number).await {
+            number.renew();
         }
     }
 
@@ -207,7 +229,7 @@ impl Op {
         if is_coded(oid, &kept) {
             return Ok(settle::undo_strips(sheep, oid, &homes, id, view.epoch).await?);
         }
-        let read = request_for(Opcode::READ_PEER, oid, *offset, view.epoch, kept.copies, WriteId::default());
+        let read = request_for(Opcode::READ_PEER, oid, *offset, view, kept.copies, WriteId::default());
         let read = read.flag(Flags::RECOVERY).length(data.len());
         let found = replicas::on_all(sheep, &homes, read, &Bytes::new()).await;
         let mut written = Vec::new();
@@ -221,7 +243,7 @@ impl Op {
             }
         }
         let Some(old) = old else { return Ok(()) };
-        let write = request_for(Opcode::WRITE_PEER, oid, *offset, view.epoch, kept.copies, id);
+        let write = request_for(Opcode::WRITE_PEER, oid, *offset, view, kept.copies, id);
         let results = replicas::on_all(sheep, &written, write, &old).await;
         let failures: Vec<Failure> = results.into_iter().filter_map(Result::err).collect();
         replicas::deciding(&failures).map_or(Ok(()), Err)
@@ -254,6 +276,7 @@ impl Op {
                 let stripes = overlay(range, data, &[]);
                 coded.store(Opcode::CREATE_AND_WRITE_PEER, range, &stripes).await.map(|()| Bytes::new())
             }
+            Op::Repair { suspect } => coded.repair(size, (*suspect).into()).await.map(|()| Bytes::new()),
         }
     }
 }

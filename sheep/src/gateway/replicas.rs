@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use sheepdog_client::Reply;
-use sheepdog_proto::{Epoch, NodeId, Opcode, Request, ResultCode};
+use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
 
 use crate::peer;
 use crate::peers::IO_DEADLINE;
@@ -57,10 +57,16 @@ pub async fn call(
         tracing::error!("{node}: answered {} bytes of {}", reply.data.len(), request.data_length);
         return Err(ResultCode::NETWORK_ERROR.into());
     }
-    if reply.response.result.is_ok() {
-        Ok(reply)
-    } else {
-        Err(Failure { code: reply.response.result, peer_epoch: reply.response.epoch })
+    match reply.response.result {
+        ResultCode::SUCCESS => Ok(reply),
+        // A node that cannot go on leaves; its disks are no fault of whoever asks (spec 06, 3.7).
+        ResultCode::EIO if !request.flags.contains(Flags::RECOVERY) => {
+            if node == sheep.me {
+                sheep.cluster.leave();
+            }
+            Err(ResultCode::NETWORK_ERROR.into())
+        }
+        code => Err(Failure { code, peer_epoch: reply.response.epoch }),
     }
 }
 

@@ -52,6 +52,10 @@ pub async fn send(
             (request.length(*len), Bytes::new())
         }
         Op::Write { data, .. } | Op::Create { data, .. } => (request.flag(Flags::WRITE), data.clone()),
+        Op::Repair { suspect } => {
+            body.offset = (*suspect).into();
+            (request.flag(Flags::WRITE), Bytes::new())
+        }
     };
     // A node that is leaving does not wait: the first home may be waiting for it to be gone. Nor does anybody for a home that
     // has left: a connection to a silent one may have been opened after all others to it were closed.
@@ -85,6 +89,7 @@ pub async fn perform(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> R
         Opcode::READ_OBJ => Op::Read { offset, len: request.data_length as usize },
         Opcode::WRITE_OBJ => Op::Write { offset, data: payload },
         Opcode::CREATE_AND_WRITE_OBJ => Op::Create { offset, data: payload },
+        Opcode::REPAIR_REPLICA => Op::Repair { suspect: body.offset as u8 },
         _ => return Reply::empty(Response::to(request, ResultCode::INVALID_PARMS)),
     };
     let outcome = match op.is_write() == request.flags.contains(Flags::WRITE) {
@@ -196,12 +201,14 @@ async fn attempts(
         match failure.code {
             ResultCode::STALE_OBJ if scratch.heal => return Err(ResultCode::NO_OBJ.into()),
             ResultCode::STALE_OBJ => {
+                if let Some(number) = number {
+                    op.begin_anew(sheep, oid, number).await;
+                }
                 drop(held.take());
                 *held = Some(turn(sheep, oid, 0..u64::MAX, true, epoch).await?);
                 scratch = Scratch { heal: true, ..Scratch::default() };
                 continue;
             }
-            ResultCode::EIO if view.my_position(oid, kept.copies).is_some() => sheep.cluster.leave(),
             code if !code.is_retriable() => return Err(failure),
             _ => {}
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sheepdog_proto::{Epoch, Oid};
+use sheepdog_proto::{Epoch, Oid, Response};
 use sheepdog_store::{Replica, Store, StoreError};
 use tokio::time::Instant;
 
@@ -100,6 +100,44 @@ async fn carried_out(store: &Store, replica: Replica, writes: &[(u64, u32, Bytes
     out
 }
 
+/// The writes that were left out of what was read of a strip, in short: their number and a checksum of their ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LeftOut(u64);
+
+/// Where an answer carries it; other sheep leave that zero.
+const LEFT_OUT_AT: std::ops::Range<usize> = 12..20;
+
+impl LeftOut {
+    /// Of these writes, in any order.
+    pub fn of(ids: &[WriteId]) -> LeftOut {
+        let mut ids = ids.to_vec();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut hash = crc32fast::Hasher::new();
+        for id in &ids {
+            hash.update(&id.writer.to_le_bytes());
+            hash.update(&id.seq.to_le_bytes());
+        }
+        match ids.len() as u64 {
+            0 => LeftOut(0),
+            count => LeftOut(count << 32 | u64::from(hash.finalize())),
+        }
+    }
+
+    /// Adds it to an answer with what was read.
+    pub fn mark(self, mut response: Response) -> Response {
+        response.body[LEFT_OUT_AT].copy_from_slice(&self.0.to_le_bytes());
+        response
+    }
+
+    /// What such an answer says.
+    pub fn marked(response: &Response) -> LeftOut {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&response.body[LEFT_OUT_AT]);
+        LeftOut(u64::from_le_bytes(bytes))
+    }
+}
+
 /// Part of a strip as it was before the writes that are open here, for a node that computes another strip from it: such a
 /// write is open wherever it arrived as long as that node has no strip to write to. `None` = they come and go too fast.
 pub async fn before_open_writes(
@@ -108,7 +146,7 @@ pub async fn before_open_writes(
     replica: Replica,
     offset: u64,
     len: usize,
-) -> Result<Option<Bytes>, StoreError> {
+) -> Result<Option<(Bytes, LeftOut)>, StoreError> {
     for _ in 0..32 {
         let before = intents.replaced_by_open(replica);
         let bytes = store.read(replica, offset, len).await?;
@@ -118,13 +156,13 @@ pub async fn before_open_writes(
             continue;
         }
         if after.is_empty() {
-            return Ok(Some(bytes));
+            return Ok(Some((bytes, LeftOut::default())));
         }
         let ids: Vec<WriteId> = after.iter().map(|(id, ..)| *id).collect();
         tracing::debug!("{replica}: read without {ids:?}");
         let mut bytes = bytes.to_vec();
         after.iter().for_each(|(_, _, at, old)| lay_over(&mut bytes, offset, old, *at));
-        return Ok(Some(bytes.into()));
+        return Ok(Some((bytes.into(), LeftOut::of(&ids))));
     }
     Ok(None)
 }
@@ -316,15 +354,33 @@ impl Intents {
         }
     }
 
-    /// A write of a strip is about to be sent to the store, perhaps once more.
+    /// A write is about to be sent to the store, perhaps once more.
     pub fn asked(&self, oid: Oid, id: WriteId) {
+        self.not_done_yet(id);
         if let Some(all) = self.undo.lock().get_mut(&oid) {
             all.iter_mut().filter(|u| u.id == id).for_each(|u| u.again = true);
         }
     }
 
-    /// A write of a strip failed.
+    /// A write is not done without this home.
+    pub fn not_done_yet(&self, id: WriteId) {
+        if let Some(live) = self.writers.lock().get_mut(&id.writer).and_then(|w| w.live.get_mut(&id.seq)) {
+            live.again = true;
+        }
+    }
+
+    /// This home is read for write `seq` of a gateway, which is therefore not done.
+    pub fn read_for(&self, oid: Oid, seq: u32) {
+        for writer in self.writers.lock().values_mut() {
+            if let Some(live) = writer.live.get_mut(&seq).filter(|live| live.oid == oid) {
+                live.again = true;
+            }
+        }
+    }
+
+    /// A write failed.
     pub fn failed(&self, oid: Oid, id: WriteId, epoch: Epoch) {
+        self.not_done_yet(id);
         self.carried_out(oid, id, epoch, false);
     }
 
@@ -336,8 +392,8 @@ impl Intents {
         }
     }
 
-    /// Whether all homes may have a write of the object of which this one does not know that it is done.
-    pub fn may_be_done(&self, oid: Oid) -> bool {
+    /// Whether all homes may have a write of a strip of which this one does not know that it is done.
+    pub(super) fn may_have_done_strip(&self, oid: Oid) -> bool {
         let undo = self.undo.lock();
         undo.get(&oid).into_iter().flatten().any(|u| u.is_open() && !u.torn && !u.again)
     }
@@ -402,6 +458,17 @@ impl Intents {
         let all = undo.get(&replica.oid).into_iter().flatten().rev();
         let open = all.filter(|u| u.is_open() && Some(u.strip) == replica.strip);
         open.map(|u| (u.id, u.epoch, u.offset, u.old.clone())).collect()
+    }
+
+    /// The writes of this strip of which it is open whether they stand.
+    pub fn open_of(&self, replica: Replica) -> Vec<WriteId> {
+        self.replaced_by_open(replica).into_iter().map(|(id, ..)| id).collect()
+    }
+
+    /// Whether it is open of a write of this gateway in an epoch before `epoch` whether it stands.
+    pub fn has_open_of_before(&self, writer: u32, epoch: Epoch) -> bool {
+        let undo = self.undo.lock();
+        undo.values().flatten().any(|u| u.is_open() && u.id.writer == writer && u.epoch.is_before(epoch))
     }
 
     /// What became of a write of `epoch` here.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use bytes::Bytes;
-use sheepdog_proto::{Epoch, Oid};
+use sheepdog_proto::{Epoch, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::{Replica, Store};
 
 use super::*;
@@ -205,4 +205,32 @@ fn writes_kept_loosely_are_told_until_everybody_has_everything() {
     assert_eq!(again.loose().len(), 1);
     again.forget_loose(Epoch(5));
     assert!(again.loose().is_empty());
+}
+
+#[test]
+fn what_was_sent_again_is_not_done_without_this_home() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    intents.enter(Oid(1)).expect("entered");
+    assert!(!intents.may_be_done(Oid(1)));
+    assert!(intents.begin(Oid(1), ID, 1));
+    assert!(intents.may_be_done(Oid(1)) && !intents.may_be_done(Oid(2)));
+    intents.asked(Oid(1), ID);
+    assert!(!intents.may_be_done(Oid(1)), "its gateway waits for this home");
+    assert!(intents.begin(Oid(1), ID, 1));
+    assert!(intents.may_be_done(Oid(1)));
+    intents.done(ID.writer, ID.seq, &[]);
+    assert!(!intents.may_be_done(Oid(1)));
+}
+
+#[test]
+fn what_is_left_out_of_a_strip_is_told_in_short() {
+    let ids = [3, 4, 5].map(|seq| WriteId { seq, ..ID });
+    let [a, b, c] = ids;
+    assert_eq!(LeftOut::of(&[]), LeftOut::default());
+    assert_eq!(LeftOut::of(&[a, b, c]), LeftOut::of(&[c, a, b, a]));
+    assert_ne!(LeftOut::of(&[a, b]), LeftOut::of(&[a, c]));
+    let answer = Response::to(&Request::new(Opcode::READ_PEER), ResultCode::SUCCESS);
+    assert_eq!(LeftOut::marked(&answer), LeftOut::default(), "others leave it zero");
+    assert_eq!(LeftOut::marked(&LeftOut::of(&ids).mark(answer)), LeftOut::of(&ids));
 }

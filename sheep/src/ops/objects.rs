@@ -14,6 +14,7 @@ use sheepdog_store::{DigestOf, StoreError, SyncMode};
 use super::{list, result};
 use crate::gateway::map;
 use crate::gateway::object::is_coded;
+use crate::holds::Held;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -21,6 +22,9 @@ use crate::view::View;
 const EPOCH_WAIT: Duration = Duration::from_secs(5);
 /// Deadline of a flush on another node.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
+/// How often a repair waits for writes in progress, and the pause between.
+const QUIET_TRIES: u32 = 20;
+const QUIET_PAUSE: Duration = Duration::from_millis(100);
 /// Deadline of a repair copy.
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -170,8 +174,7 @@ pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId, flags: Flags) 
     let replica = Sheep::replica(oid);
     // Writes that reach this replica while the copy is made would be undone by it: hold them back, from whatever
     // gateway they come, and let those in progress end. The source has them first, or they follow the copy.
-    let _held = sheep.holds.hold(oid).await;
-    sheep.gate.drain().await;
+    let _held = hold_quiet(sheep, oid).await?;
     let reply = sheep.peers.call(&source, read, Bytes::new(), REPAIR_DEADLINE).await;
     let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
     reply.response.result.ok()?;
@@ -182,6 +185,21 @@ pub async fn repair(sheep: &Arc<Sheep>, oid: Oid, source: NodeId, flags: Flags) 
         return Ok(());
     }
     store.create(replica, size, 0, reply.data).await.map_err(|e| crate::faults::peer_result(sheep, &e))
+}
+
+/// Holds an object once every write of it that came here is done on all homes: the source has it, too.
+async fn hold_quiet(sheep: &Arc<Sheep>, oid: Oid) -> Result<Held, ResultCode> {
+    for _ in 0..QUIET_TRIES {
+        let held = sheep.holds.hold(oid).await;
+        sheep.gate.drain().await;
+        if sheep.intents.becomes_quiet(oid).await {
+            return Ok(held);
+        }
+        // One of them may be waiting for this home, where it is sent again.
+        drop(held);
+        tokio::time::sleep(QUIET_PAUSE).await;
+    }
+    Err(ResultCode::NETWORK_ERROR)
 }
 
 /// DISCARD_OBJ: gives a block back through the reference count; snapshots are read-only. Our own clients send as many

@@ -1,6 +1,7 @@
 //! ORDER_PEER: what nodes of this project agree on among themselves (spec 06, 15.1 A3, A4).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -16,8 +17,12 @@ use crate::gateway::object::is_coded;
 use crate::gateway::{arbiter, hold, sequencer};
 use crate::intents::Fate;
 use crate::recovery::lacking;
+use crate::recovery::object::has_any;
 use crate::settle;
 use crate::sheep::Sheep;
+
+/// How long LEVEL waits before the sender is to ask again.
+const LEVEL_WAIT: Duration = Duration::from_secs(2);
 
 /// Whether a request is answered while this node is ending: what makes objects equal, which its last requests may wait for.
 pub fn is_settling(request: &Request) -> bool {
@@ -34,6 +39,9 @@ pub fn is_settling(request: &Request) -> bool {
         order::DIGEST,
         order::OUTCOME,
         order::LOOSE,
+        order::LEVEL,
+        order::HAS,
+        order::LEFT_OUT,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -57,6 +65,10 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::DIGEST => return objects::digest(sheep, &request).await,
             order::READ_STRIP => return read_strip(sheep, &request).await,
             order::WRITE_STRIP => write_strip(sheep, &request, payload).await,
+            order::LEVEL => level(sheep, &request).await,
+            order::HAS => has(sheep, &request),
+            order::LEFT_OUT => return left_out(sheep, &request),
+            order::REPAIR => repair(sheep, &request).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
@@ -126,8 +138,9 @@ fn done(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<OrderRe
     let mut numbers = payload.chunks_exact(4).map(u32::get);
     let writer = numbers.next().filter(|w| *w != 0).ok_or(ResultCode::INVALID_PARMS)?;
     let open: Vec<u32> = numbers.collect();
+    let undecided = sheep.intents.has_open_of_before(writer, sheep.views.epoch());
     sheep.intents.done(writer, request.order().serial, &open);
-    Ok(OrderResponse::zeroed())
+    Ok(OrderResponse { verdict: undecided.into(), ..OrderResponse::zeroed() })
 }
 
 async fn recall(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
@@ -149,6 +162,40 @@ fn outcome(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Reply {
 
 fn loose(sheep: &Arc<Sheep>, request: &Request) -> Reply {
     list(request, lacking::encode(&sheep.intents.loose()))
+}
+
+async fn level(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let wanted = request.order().serial;
+    sequencer::member_at(sheep, request.epoch).await?;
+    let reached = sheep.views.until(|v| v.epoch != request.epoch || v.alters >= wanted);
+    let view = tokio::time::timeout(LEVEL_WAIT, reached).await.map_err(|_| ResultCode::AGAIN)?;
+    if view.epoch == request.epoch { Ok(OrderResponse::zeroed()) } else { Err(ResultCode::OLD_NODE_VER) }
+}
+
+fn has(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    let names: Vec<Replica> = match body.kind {
+        0 => vec![Sheep::replica(body.oid)],
+        strips => (0..strips).map(|index| Replica { oid: body.oid, strip: Some(index) }).collect(),
+    };
+    if names.iter().any(|name| has_any(sheep, *name)) {
+        Ok(OrderResponse::zeroed())
+    } else {
+        Err(ResultCode::NO_OBJ)
+    }
+}
+
+async fn repair(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    let body = request.order();
+    if !is_coded(body.oid, &sheep.redundancy(body.oid.vid(), &sheep.views.load())) {
+        return Err(ResultCode::INVALID_PARMS);
+    }
+    sheep.gateway.repair_strips(sheep, body.oid, body.kind).await?;
+    Ok(OrderResponse::zeroed())
+}
+
+fn left_out(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    list(request, settle::encode_ids(&sheep.intents.open_of(named_strip(request))))
 }
 
 fn named_strip(request: &Request) -> Replica {

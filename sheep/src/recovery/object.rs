@@ -68,6 +68,10 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
             true => return mend(sheep, &view, oid, redundancy.copies).await,
         }
     }
+    // In an epoch that goes on: what this node had, and lost with a disk, may still be on its way to the others' disks.
+    if active.round.tgt_epoch == active.round.epoch && sheep.intents.may_be_done(oid) {
+        return Recovered::Later("writes of it are not known to be done".into());
+    }
     if is_coded(oid, &redundancy) {
         return match code_of(redundancy.policy) {
             Ok(code) => super::strip::recover(sheep, active, store, replica, code, size).await,
@@ -136,14 +140,44 @@ pub(super) async fn unknown(
     Recovered::Later(reason)
 }
 
+/// Whether this node has any state of a replica.
+pub fn has_any(sheep: &Sheep, name: Replica) -> bool {
+    sheep.store.as_ref().is_some_and(|s| s.exists(name) || !s.stale_epochs(name).is_empty())
+}
+
+/// Whether another node has any state of an object; `INVALID_PARMS` from a node of the original.
+async fn other_has(
+    sheep: &Arc<Sheep>,
+    active: &Active,
+    node: NodeId,
+    names: &[Replica],
+) -> Result<bool, ResultCode> {
+    let Some(first) = names.first() else { return Ok(false) };
+    let kind = if first.strip.is_some() { names.len() as u8 } else { 0 };
+    let body = OrderRequest { oid: first.oid, what: order::HAS, kind, ..OrderRequest::zeroed() };
+    let request = Request::new(Opcode::ORDER_PEER).epoch(active.round.epoch).with_order(body);
+    let reply = sheep.peers.call(&node, request, Bytes::new(), COPY_DEADLINE).await;
+    match reply.map_err(|_| ResultCode::NETWORK_ERROR)?.response.result {
+        ResultCode::SUCCESS => Ok(true),
+        ResultCode::NO_OBJ => Ok(false),
+        code => Err(code),
+    }
+}
+
 /// Whether a member has any state of one of the replicas.
 async fn anybody_has(sheep: &Arc<Sheep>, active: &Active, names: &[Replica]) -> Result<bool, ResultCode> {
     let view = sheep.views.load();
     for node in view.members() {
+        if node.nid != sheep.me {
+            match other_has(sheep, active, node.nid, names).await {
+                Err(ResultCode::INVALID_PARMS) => {}
+                Ok(false) => continue,
+                other => return other,
+            }
+        }
         for name in names {
             let found = if node.nid == sheep.me {
-                let store = sheep.store.as_ref();
-                store.is_some_and(|s| s.exists(*name) || !s.stale_epochs(*name).is_empty())
+                has_any(sheep, *name)
             } else {
                 // Its state at the end of the first epoch is the oldest that it has.
                 let body = ObjRequest {

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use sheepdog_proto::header::ObjRequest;
+use futures_util::future::join_all;
+use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{
     ClusterFlags, Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire,
 };
@@ -15,11 +16,14 @@ use super::Active;
 use super::object::{Recovered, recover};
 use super::pace::{Moment, Pace, Verdict};
 use crate::cluster::worker::Worker;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 use crate::view::View;
 
 /// Deadline of one object list.
 const LIST_DEADLINE: Duration = Duration::from_secs(30);
+/// Deadline of the question whether a node has altered copies; above how long it waits for that.
+const LEVEL_DEADLINE: Duration = Duration::from_secs(5);
 /// First and largest reply buffer of an object list, in bytes.
 const LIST_BUFFER: (usize, usize) = (4 << 20, 1 << 30);
 /// Pause between passes over objects that could not be recovered, first and longest.
@@ -36,6 +40,9 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
     let Some(store) = sheep.store.clone() else { return !active.is_replaced() };
     worker.fetched().await;
     if !stash(sheep, active).await {
+        return false;
+    }
+    if !level(sheep, active).await {
         return false;
     }
     if !super::lacking::learn(sheep, active).await {
@@ -112,6 +119,32 @@ async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
         return false;
     }
     true
+}
+
+/// Waits until no member writes any more to the homes of before copies were altered: what is copied from them would lack
+/// it. `false` = the round was replaced.
+async fn level(sheep: &Arc<Sheep>, active: &Active) -> bool {
+    let view = sheep.views.load();
+    if view.alters > 0 {
+        let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+        join_all(others.map(|node| level_at(sheep, active, node, view.alters))).await;
+    }
+    !active.is_replaced()
+}
+
+async fn level_at(sheep: &Arc<Sheep>, active: &Active, node: NodeId, alters: u32) {
+    let body = OrderRequest { what: order::LEVEL, serial: alters, ..OrderRequest::zeroed() };
+    let request = Request::new(Opcode::ORDER_PEER).epoch(active.round.epoch).with_order(body);
+    while !active.is_replaced() {
+        let answer = sheep.peers.call_on(Lane::Control, &node, request, Bytes::new(), LEVEL_DEADLINE).await;
+        match answer.map(|reply| reply.response.result) {
+            // A node of the original does not count.
+            Ok(ResultCode::SUCCESS | ResultCode::INVALID_PARMS) => return,
+            Ok(code) => tracing::debug!("{node} may still write to the homes of before: {code}"),
+            Err(error) => tracing::debug!("{node} may still write to the homes of before: {error}"),
+        }
+        tokio::time::sleep(PASS_PAUSE.0).await;
+    }
 }
 
 /// Announces that this node has everything, until the cluster heard it or the epoch moved on.

@@ -12,19 +12,23 @@ use bytes::Bytes;
 use sheepdog_buffer::PageBuf;
 use sheepdog_erasure::Code;
 use sheepdog_placement::{Ring, Weights};
-use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, ResultCode};
 use sheepdog_store::{Replica, Store, StoreError};
 
 use super::Active;
 use super::object::{COPY_DEADLINE, Recovered, removal, unknown};
 use crate::cluster::ops::epoch_log;
-use crate::intents::before_open_writes;
+use crate::intents::{Fate, LeftOut, WriteId, before_open_writes};
+use crate::settle::decode_ids;
 use crate::sheep::Sheep;
+
+/// Room for the writes that are left out of a strip, in bytes.
+const MOST_LEFT_OUT: usize = 64 << 10;
 
 /// What a node said about a strip.
 enum Answer {
-    Strip(Bytes),
+    Strip(Bytes, LeftOut),
     /// It did not have it in that epoch, and would know.
     Absent,
     Unknown(String),
@@ -41,6 +45,8 @@ struct Search<'a> {
     len: u64,
     wanted: usize,
     found: Vec<(usize, Bytes)>,
+    /// Who has these strips, and what was left out of them.
+    left: Vec<(NodeId, usize, LeftOut)>,
     /// The last epoch in which somebody removed the object; 0 = nobody knows of one.
     removed: Epoch,
 }
@@ -57,14 +63,10 @@ pub async fn recover(
     if sheep.intents.is_unsettled(replica.oid) {
         return Recovered::Later("writes of it are being settled".into());
     }
-    // In an epoch that goes on: what is on all strips but not known to be must not be taken for undone.
-    if active.round.tgt_epoch == active.round.epoch && sheep.intents.may_be_done(replica.oid) {
-        return Recovered::Later("writes of it are not known to be done".into());
-    }
     let wanted = usize::from(replica.strip.unwrap_or(0));
-    let (oid, found) = (replica.oid, Vec::new());
+    let (oid, found, left) = (replica.oid, Vec::new(), Vec::new());
     let removed = sheep.tombstones.epoch_of(oid);
-    let mut search = Search { sheep, active, store, oid, code, len, wanted, found, removed };
+    let mut search = Search { sheep, active, store, oid, code, len, wanted, found, left, removed };
     let strip = match search.run().await {
         Ok(strip) => strip,
         Err(outcome) => return outcome,
@@ -144,14 +146,18 @@ impl Search<'_> {
                 continue;
             }
             match self.ask(node, index, epoch).await {
-                Answer::Strip(strip) if index == self.wanted => return Ok(Some(strip)),
-                Answer::Strip(strip) => self.found.push((index, strip)),
+                Answer::Strip(strip, _) if index == self.wanted => return Ok(Some(strip)),
+                Answer::Strip(strip, left) => {
+                    self.found.push((index, strip));
+                    self.left.push((node, index, left));
+                }
                 // Only a home proves something.
                 Answer::Absent => proven |= nth < nr_homes,
                 Answer::Unknown(reason) => unknown = Some(reason),
                 Answer::Replaced => return Err(Recovered::Replaced),
             }
             if self.found.len() == self.code.data_strips() {
+                self.same_state().await?;
                 return self.decode().map(Some);
             }
         }
@@ -170,14 +176,19 @@ impl Search<'_> {
             return Answer::Unknown(format!("{home}, which had strip {index} at epoch {epoch}, is away"));
         };
         match strip {
-            Ok(strip) => Answer::Strip(strip),
+            Ok((strip, left)) => Answer::Strip(strip, left),
             Err(ResultCode::OLD_NODE_VER) => Answer::Replaced,
             Err(ResultCode::NO_OBJ) => Answer::Absent,
             Err(code) => Answer::Unknown(format!("strip {index} at epoch {epoch}: {home}: {code}")),
         }
     }
 
-    async fn remote(&mut self, home: NodeId, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
+    async fn remote(
+        &mut self,
+        home: NodeId,
+        index: usize,
+        epoch: Epoch,
+    ) -> Result<(Bytes, LeftOut), ResultCode> {
         let body =
             ObjRequest { oid: self.oid, tgt_epoch: epoch, ec_index: index as u8, ..ObjRequest::zeroed() };
         let request = Request::new(Opcode::READ_PEER)
@@ -189,10 +200,13 @@ impl Search<'_> {
         let reply = reply.map_err(|_| ResultCode::NETWORK_ERROR)?;
         self.removed = self.removed.max(removal(&reply.response));
         reply.response.result.ok()?;
-        if reply.data.len() as u64 == self.len { Ok(reply.data) } else { Err(ResultCode::NETWORK_ERROR) }
+        if reply.data.len() as u64 != self.len {
+            return Err(ResultCode::NETWORK_ERROR);
+        }
+        Ok((reply.data, LeftOut::marked(&reply.response)))
     }
 
-    async fn own(&self, index: usize, epoch: Epoch) -> Result<Bytes, ResultCode> {
+    async fn own(&self, index: usize, epoch: Epoch) -> Result<(Bytes, LeftOut), ResultCode> {
         let replica = Replica { oid: self.oid, strip: Some(index as u8) };
         let len = self.len as usize;
         if self.store.is_cut_off(replica, epoch, self.len) {
@@ -203,13 +217,59 @@ impl Search<'_> {
             Err(StoreError::NoObject) if self.sheep.recovery.lacking.has(self.store, replica, epoch) => {
                 return Err(ResultCode::AGAIN);
             }
-            Err(StoreError::NoObject) => self.store.read_stale(replica, epoch, 0, len).await,
+            Err(StoreError::NoObject) => {
+                self.store.read_stale(replica, epoch, 0, len).await.map(|strip| (strip, LeftOut::default()))
+            }
             Err(error) => Err(error),
         };
         match read {
             Err(StoreError::NoObject) if !self.sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
             other => other.map_err(|error| crate::faults::recovery_result(self.sheep, &error)),
         }
+    }
+
+    /// In an epoch that goes on, a write that all homes have, this one included before it lost its strip, may not be known to
+    /// be done to some: strips with and without it do not fit, and without it this one would lack it.
+    async fn same_state(&self) -> Result<(), Recovered> {
+        let Some((node, index, left)) = self.left.first().copied() else { return Ok(()) };
+        if self.active.round.tgt_epoch != self.active.round.epoch {
+            return Ok(());
+        }
+        if self.left.iter().any(|(_, _, other)| *other != left) {
+            return Err(Recovered::Later("strips of it are of different moments".into()));
+        }
+        if left == LeftOut::default() {
+            return Ok(());
+        }
+        let ids = self.left_out(node, index).await.filter(|ids| LeftOut::of(ids) == left);
+        let Some(ids) = ids else {
+            return Err(Recovered::Later("what is left out of its strips is not known".into()));
+        };
+        let fate = |id: &WriteId| self.sheep.intents.fate(self.oid, *id, self.active.round.epoch);
+        match ids.iter().any(|id| matches!(fate(id), Fate::Done | Fate::Kept | Fate::Loose)) {
+            true => Err(Recovered::Later("others do not know yet that writes of it are done".into())),
+            false => Ok(()),
+        }
+    }
+
+    /// The writes that `node` leaves out of a strip.
+    async fn left_out(&self, node: NodeId, index: usize) -> Option<Vec<WriteId>> {
+        if node == self.sheep.me {
+            let replica = Replica { oid: self.oid, strip: Some(index as u8) };
+            return Some(self.sheep.intents.open_of(replica));
+        }
+        let body = OrderRequest {
+            oid: self.oid,
+            what: order::LEFT_OUT,
+            kind: index as u8,
+            ..OrderRequest::zeroed()
+        };
+        let request = Request::new(Opcode::ORDER_PEER)
+            .epoch(self.active.round.epoch)
+            .length(MOST_LEFT_OUT)
+            .with_order(body);
+        let reply = self.sheep.peers.call(&node, request, Bytes::new(), COPY_DEADLINE).await.ok()?;
+        reply.response.result.is_ok().then(|| decode_ids(&reply.data))
     }
 
     fn decode(&self) -> Result<Bytes, Recovered> {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use sheepdog_erasure::Code;
-use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{CopyPolicy, Flags, NodeRecord, Oid, Opcode, Request, ResultCode};
 
 use super::{PAUSE, ROUNDS, report_busy, unreadable};
@@ -11,7 +11,7 @@ use crate::context::Context;
 use crate::exit::{FAILURE, Outcome, Stop, fail};
 use crate::inode::Inode;
 use crate::out;
-use crate::session::success;
+use crate::session::{Failed, success};
 
 /// A strip; `None` = it does not exist.
 type Strip = Option<Bytes>;
@@ -152,8 +152,31 @@ struct StripWriter<'a> {
 }
 
 impl StripWriter<'_> {
-    /// Writes a whole strip to its home; `false`, with a message, if that failed.
+    /// Has a strip put right; `false`, with a message, if that failed. Its home looks once more in the order of the object's
+    /// writes, so that none of them is overwritten. A home of the original cannot, and is sent the whole strip.
     async fn write(&self, index: usize, content: Vec<u8>) -> bool {
+        let done = match self.ask(index).await {
+            Err(Failed::Refused(ResultCode::INVALID_PARMS)) => self.send(index, content).await,
+            done => done,
+        };
+        done.inspect_err(|e| {
+            let (oid, place) = (self.oid, self.homes[index].nid.host_port());
+            out::log(format_args!("failed to repair object {oid}, copy index {index} on {place}: {e}"));
+        })
+        .is_ok()
+    }
+
+    async fn ask(&self, index: usize) -> Result<(), Failed> {
+        let body =
+            OrderRequest { oid: self.oid, what: order::REPAIR, kind: index as u8, ..OrderRequest::zeroed() };
+        let request = Request::new(Opcode::ORDER_PEER)
+            .flag(Flags::WRITE)
+            .epoch(self.context.cluster.epoch)
+            .with_order(body);
+        success(self.context.session.send(&self.homes[index].nid, request, Bytes::new()).await).map(drop)
+    }
+
+    async fn send(&self, index: usize, content: Vec<u8>) -> Result<(), Failed> {
         let body = ObjRequest {
             oid: self.oid,
             copies: self.policy.strips(),
@@ -165,15 +188,7 @@ impl StripWriter<'_> {
             .flag(Flags::WRITE)
             .epoch(self.context.cluster.epoch)
             .with_obj(body);
-        let home = &self.homes[index].nid;
-        match success(self.context.session.send(home, request, content.into()).await) {
-            Ok(_) => true,
-            Err(e) => {
-                let (oid, place) = (self.oid, home.host_port());
-                out::log(format_args!("failed to repair object {oid}, copy index {index} on {place}: {e}"));
-                false
-            }
-        }
+        success(self.context.session.send(&self.homes[index].nid, request, content.into()).await).map(drop)
     }
 }
 

@@ -270,3 +270,20 @@ fn force_recover_goes_on_with_who_is_there() {
     join(&mut states, 2);
     assert_eq!(epochs(&states), [3, 3, 3]);
 }
+
+#[test]
+fn altered_copies_are_counted_in_each_epoch_anew() {
+    let mut states = [fresh(node(1)), fresh(node(2)), fresh(node(3))];
+    join(&mut states, 0);
+    join(&mut states, 1);
+    for state in &mut states[..2] {
+        state.format(&format_request(), b"plain").expect("formatted");
+        assert_eq!(state.alters(), 0);
+        let actions = state.copies_altered();
+        assert_eq!(actions.first(), Some(&Action::StashMoved(Epoch(0))), "put away before anybody copies");
+        state.copies_altered();
+        assert_eq!((state.alters(), state.epoch()), (2, Epoch(1)));
+    }
+    join(&mut states, 2);
+    assert_eq!(states.each_ref().map(|s| (s.alters(), s.epoch())), [(0, Epoch(2)); 3]);
+}

@@ -50,6 +50,7 @@ pub fn replay() {
             }
         };
         step(&mut daemons, "before", &failed);
+        replay.clients.clear(); // a process of its own
         for (i, request) in command["requests"].as_array().unwrap().iter().enumerate() {
             match replay.exchange(&argv, request) {
                 Ok(()) => passed += 1,

@@ -108,6 +108,8 @@ pub mod order {
     pub const REPAIR: u8 = 23;
     /// The writes of strip `kind` of which it is open here whether they stand: what a recovering node gets is without them.
     pub const LEFT_OUT: u8 = 24;
+    /// Process everything that the cluster has said so far; `kind` 1: and end the updates of the VDI's table that are in progress.
+    pub const CATCH_UP: u8 = 25;
 }
 
 wire! {

@@ -228,7 +228,9 @@ pub fn notify_vdi_del<'a>(
     _: &'a NodeRecord,
 ) -> BoxFuture<'a, ResultCode> {
     Box::pin(async {
-        if let Ok(vid) = VdiId::decode(&message.data) {
+        if let Ok(vid) = VdiId::decode(&message.data)
+            && !vid.is_none()
+        {
             tokio::spawn(orphans::look_whether_deleted(task.sheep.clone(), vid));
         }
         ResultCode::SUCCESS

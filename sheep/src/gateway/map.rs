@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use sheepdog_proto::header::{CoherenceRequest, ObjRequest};
+use sheepdog_proto::header::{CoherenceRequest, ObjRequest, OrderRequest, order};
 use sheepdog_proto::inode::{self, Gref, INODE_LOOKUP_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, gref_offset};
 use sheepdog_proto::{ClusterFlags, Flags, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 
@@ -164,7 +164,11 @@ pub fn participation(sheep: &Sheep, vid: VdiId) -> Option<Participation> {
 async fn invalidate_others(sheep: &Arc<Sheep>, vid: VdiId) -> Result<(), ResultCode> {
     match participation(sheep, vid) {
         None | Some(Participation::Modified) => Ok(()),
-        Some(_) => cohere(sheep, vid, false).await.ok(),
+        Some(_) => {
+            cohere(sheep, vid, false).await.ok()?;
+            sharers_catch_up(sheep, vid, Until::Informed).await;
+            Ok(())
+        }
     }
 }
 
@@ -176,8 +180,9 @@ async fn invalidate_late(sheep: &Arc<Sheep>, vid: VdiId) -> Result<bool, ResultC
     Ok(state == Some(Participation::Invalidated))
 }
 
-/// A refresh read makes the client's inode current. It is announced before the inode is read: a table update that comes
-/// later invalidates this node again, one that was announced earlier has ended when the inode is read.
+/// A refresh read makes the client's inode current. It is announced before the inode is read, and those who share the VDI have
+/// heard of it: a table update that comes later invalidates this node again, one that came earlier has ended when the
+/// inode is read.
 pub async fn validate_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
     if participation(sheep, vid) != Some(Participation::Invalidated) {
         return;
@@ -186,7 +191,43 @@ pub async fn validate_refresh(sheep: &Arc<Sheep>, vid: VdiId) {
     if !result.is_ok() {
         tracing::warn!("{vid:?}: refresh was not announced: {result}");
     }
-    settle_updates(sheep, vid).await;
+    sharers_catch_up(sheep, vid, Until::Idle).await;
+    drop(sheep.gateway.map_barrier(vid).await);
+}
+
+/// What the nodes that share a VDI are waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// They know what the cluster has said so far: the one that said it hears it first.
+    Informed,
+    /// And they have ended their table updates.
+    Idle,
+}
+
+async fn sharers_catch_up(sheep: &Arc<Sheep>, vid: VdiId, until: Until) {
+    let sharers = sheep.vdis.with_lock(vid, |lock| lock.participants()).unwrap_or_default();
+    let others = sharers.into_iter().filter(|node| *node != sheep.me);
+    join_all(others.map(|node| catch_up(sheep, vid, node, until))).await;
+}
+
+async fn catch_up(sheep: &Arc<Sheep>, vid: VdiId, node: NodeId, until: Until) {
+    let kind = (until == Until::Idle).into();
+    let body = OrderRequest { oid: Oid::inode(vid), what: order::CATCH_UP, kind, ..OrderRequest::zeroed() };
+    let end = tokio::time::Instant::now() + SETTLE;
+    while sheep.views.load().is_member(&node) {
+        let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(sheep.views.epoch());
+        let reply = sheep.peers.call(&node, request.with_order(body), Bytes::new(), SETTLE).await;
+        match reply.map(|r| r.response.result) {
+            Ok(ResultCode::SUCCESS) => return,
+            // A node of the original.
+            Ok(ResultCode::INVALID_PARMS) if until == Until::Informed => return,
+            Ok(ResultCode::INVALID_PARMS) => return settle(sheep, vid, &[node], |_| true).await,
+            _ if tokio::time::Instant::now() >= end => {
+                return tracing::warn!("{vid:?}: {node} may not know that its inode is stale");
+            }
+            _ => tokio::time::sleep(SETTLE_PAUSE).await,
+        }
+    }
 }
 
 /// How long other nodes may take to end their table updates.

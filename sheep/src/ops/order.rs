@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::{OrderResponse, order};
-use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, Response, ResultCode, Wire};
+use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, Response, ResultCode, VdiId, Wire};
 
 use sheepdog_store::Replica;
 
@@ -70,6 +70,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::LEFT_OUT => return left_out(sheep, &request),
             order::REPAIR => repair(sheep, &request).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
+            order::CATCH_UP => catch_up(sheep, &request).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
         match outcome {
@@ -104,6 +105,18 @@ async fn hold(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<O
         hold::let_go(sheep, node, body.oid.vid(), &body).await;
     }
     Ok(OrderResponse { verdict: 1, serial: body.serial })
+}
+
+async fn catch_up(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
+    // A message of this node comes back behind all that were sent before it.
+    let nothing = Bytes::from(VdiId::NONE.encode());
+    let message = Request::new(Opcode::NOTIFY_VDI_DEL).flag(Flags::WRITE).length(nothing.len());
+    sheep.cluster.submit_internal(message, nothing).await.response.result.ok()?;
+    let body = request.order();
+    if body.kind == 1 {
+        drop(sheep.gateway.map_barrier(body.oid.vid()).await);
+    }
+    Ok(OrderResponse::zeroed())
 }
 
 async fn give_back(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {

@@ -108,6 +108,14 @@ impl Lock {
         if takes_part || validate { ResultCode::SUCCESS } else { ResultCode::NO_VDI }
     }
 
+    /// Who shares the VDI.
+    pub fn participants(&self) -> Vec<NodeId> {
+        match self {
+            Lock::Shared(list) => list.iter().map(|(node, _)| *node).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// The state of `node` in a shared lock.
     pub fn participation(&self, node: NodeId) -> Option<Participation> {
         match self {

@@ -68,7 +68,8 @@ impl Daemons {
         let mut command = Command::new(binary("sheep"));
         command
             .args(["-f", "-c", &self.engine.option])
-            .args(["-p", &port(i).to_string(), "-z", &i.to_string()])
+            // As by the local driver; others look for an address that is not this machine's alone.
+            .args(["-y", "127.0.0.1", "-p", &port(i).to_string(), "-z", &i.to_string()])
             .args(vnodes.map(|n| ["-V".to_string(), n.to_string()]).into_iter().flatten())
             .arg(paths.join(","))
             .env_clear()

@@ -10,9 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::CheckpointRequest;
-use sheepdog_proto::{
-    ClusterStatus, Epoch, NodeId, Opcode, Request, Response, ResultCode, VdiId, VdiState, Wire,
-};
+use sheepdog_proto::{Epoch, NodeId, Opcode, Request, Response, ResultCode, VdiId, VdiState, Wire};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::Command;
@@ -138,7 +136,7 @@ async fn operation(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Repl
 async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
     let mut attempt = 0;
     loop {
-        match fetch_once(sheep, node, !joiner).await {
+        match fetch_once(sheep, node).await {
             Ok(records) => {
                 records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
                 return;
@@ -156,13 +154,10 @@ async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
     }
 }
 
-/// `joined` = this node has joined a running cluster: it needs what was announced before that.
-async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId, joined: bool) -> Result<Vec<VdiState>, String> {
-    let view = sheep.views.load();
-    let epoch = if joined && view.status == ClusterStatus::Ok { view.epoch } else { Epoch::default() };
+async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, String> {
     let mut capacity = FIRST_RECORDS;
     loop {
-        let request = Request::new(Opcode::GET_VDI_COPIES).epoch(epoch).length(capacity * VdiState::LEN);
+        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN);
         let reply = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await;
         let reply = reply.map_err(|e| e.to_string())?;
         match reply.response.result {
@@ -255,7 +250,7 @@ async fn present_states(sheep: &Arc<Sheep>, nodes: &[NodeId]) -> HashMap<VdiId, 
     loop {
         let members = members_of(sheep, nodes);
         for node in &members {
-            match fetch_once(sheep, *node, true).await {
+            match fetch_once(sheep, *node).await {
                 Ok(records) => return records.into_iter().map(|record| (record.vid, record)).collect(),
                 Err(error) => tracing::warn!("failed to get lock states from {node}: {error}"),
             }

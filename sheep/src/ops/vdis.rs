@@ -1,7 +1,6 @@
 //! The VDI table on the wire, and work parts of VDI operations that only look things up.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -9,7 +8,6 @@ use sheepdog_client::Reply;
 use sheepdog_proto::header::VdiResponse;
 use sheepdog_proto::inode::STORE_POLICY_BTREE;
 use sheepdog_proto::{ClusterFlags, Flags, Request, ResultCode, VDI_BITMAP_LEN, Wire};
-use tokio::time::{Instant, timeout_at};
 
 use super::{list, result};
 use crate::sheep::Sheep;
@@ -34,23 +32,9 @@ pub fn read_del_vdis<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> B
     Box::pin(async move { bitmap(&request, sheep.vdis.deleted_bitmap()) })
 }
 
-/// How long a node may be behind one that asks for its VDIs.
-const CATCH_UP: Duration = Duration::from_secs(3);
-
 /// GET_VDI_COPIES.
 pub fn get_vdi_copies<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move {
-        // A node that joined needs everything that was said before its join, and names the epoch of that.
-        let mut view = sheep.views.load();
-        let end = Instant::now() + CATCH_UP;
-        while view.epoch.is_before(request.epoch) {
-            if timeout_at(end, sheep.views.changed_from(&view)).await.is_err() {
-                return result(&request, ResultCode::AGAIN);
-            }
-            view = sheep.views.load();
-        }
-        list(&request, sheep.vdis.records().iter().flat_map(|r| r.encode()).collect())
-    })
+    Box::pin(async move { list(&request, sheep.vdis.records().iter().flat_map(|r| r.encode()).collect()) })
 }
 
 /// VDI_STATE_CHECKPOINT_CTL: lock state of a joining node (spec 05, section 18).

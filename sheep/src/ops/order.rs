@@ -20,6 +20,7 @@ use crate::recovery::lacking;
 use crate::recovery::object::has_any;
 use crate::settle;
 use crate::sheep::Sheep;
+use crate::vdi::orphans;
 
 /// How long LEVEL waits before the sender is to ask again.
 const LEVEL_WAIT: Duration = Duration::from_secs(2);
@@ -108,10 +109,7 @@ async fn hold(sheep: &Arc<Sheep>, request: &Request, payload: &[u8]) -> Result<O
 }
 
 async fn catch_up(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCode> {
-    // A message of this node comes back behind all that were sent before it.
-    let nothing = Bytes::from(VdiId::NONE.encode());
-    let message = Request::new(Opcode::NOTIFY_VDI_DEL).flag(Flags::WRITE).length(nothing.len());
-    sheep.cluster.submit_internal(message, nothing).await.response.result.ok()?;
+    orphans::say_deleted(sheep, VdiId::NONE).await.ok()?;
     let body = request.order();
     if body.kind == 1 {
         drop(sheep.gateway.map_barrier(body.oid.vid()).await);

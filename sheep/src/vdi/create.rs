@@ -255,6 +255,12 @@ async fn read_base(sheep: &Arc<Sheep>, base: VdiId) -> Result<Inode, ResultCode>
     Ok(inode)
 }
 
+/// Only snapshots are cloned and rolled back to.
+async fn read_base_snapshot(sheep: &Arc<Sheep>, base: VdiId) -> Result<Inode, ResultCode> {
+    let inode = read_base(sheep, base).await?;
+    if inode.header.is_snapshot() { Ok(inode) } else { Err(ResultCode::INVALID_PARMS) }
+}
+
 async fn write_base_grefs(sheep: &Arc<Sheep>, base: &Inode) -> Result<(), ResultCode> {
     if base.grefs.is_empty() {
         return Ok(());
@@ -302,10 +308,7 @@ async fn mark_snapshot(sheep: &Arc<Sheep>, vid: VdiId, time: u64) -> Result<(), 
 async fn clone(sheep: &Arc<Sheep>, params: &Params, found: &Found, base: VdiId) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
     let _no_updates = hold(sheep, base).await?;
-    let before = read_base(sheep, base).await?;
-    if !before.header.is_snapshot() {
-        return Err(ResultCode::INVALID_PARMS);
-    }
+    let before = read_base_snapshot(sheep, base).await?;
     check_writable(sheep, params, base, ResultCode::BASE_VDI_WRITE)?;
     // A base of another policy keeps its own on all nodes only if it is not named (spec 05, section 7).
     // Under -R the table's parents decide which ids are free again, and in hypervolumes which blocks are: there the base
@@ -338,10 +341,7 @@ async fn live_rollback(
 ) -> Result<VdiId, ResultCode> {
     let vid = free_id(found)?;
     let _no_updates = hold(sheep, base).await?;
-    let before = read_base(sheep, base).await?;
-    if !before.header.is_snapshot() {
-        return Err(ResultCode::INVALID_PARMS);
-    }
+    let before = read_base_snapshot(sheep, base).await?;
     check_writable(sheep, params, base, ResultCode::VDI_WRITE)?;
     let mut left = hold(sheep, working).await?;
     announce(sheep, working, vid, params).await?;

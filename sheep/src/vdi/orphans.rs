@@ -88,11 +88,17 @@ async fn ask_for_deleted(sheep: &Arc<Sheep>) {
         if view.my_position(Oid::inode(vid), copies) == Some(0)
             && read_lookup_header(sheep, vid).await.is_ok_and(|header| header.is_deleted())
         {
-            let payload = Bytes::from(vid.encode());
-            let request = Request::new(Opcode::NOTIFY_VDI_DEL).flag(Flags::WRITE).length(payload.len());
-            sheep.cluster.submit_internal(request, payload).await;
+            say_deleted(sheep, vid).await;
         }
     }
+}
+
+/// NOTIFY_VDI_DEL; of `VdiId::NONE` a message that says nothing. Returns when it has come back to this node, behind
+/// everything that was said before.
+pub async fn say_deleted(sheep: &Arc<Sheep>, vid: VdiId) -> ResultCode {
+    let payload = Bytes::from(vid.encode());
+    let request = Request::new(Opcode::NOTIFY_VDI_DEL).flag(Flags::WRITE).length(payload.len());
+    sheep.cluster.submit_internal(request, payload).await.response.result
 }
 
 /// NOTIFY_VDI_DEL: what is deleted is what its inode says.

@@ -417,11 +417,7 @@ impl VdiTable {
 
     /// Every vid that is used or announced, and its parent as far as this table knows.
     pub fn parents(&self) -> BTreeMap<VdiId, VdiId> {
-        let t = self.tables.read();
-        let used = t.in_use.iter().map(|v| (VdiId::new(v as u32), VdiId::NONE));
-        let mut all: BTreeMap<VdiId, VdiId> = used.collect();
-        all.extend(t.entries.iter().map(|(vid, entry)| (*vid, entry.parent)));
-        all
+        self.census().into_iter().map(|(vid, (parent, _))| (vid, parent)).collect()
     }
 
     /// Every vid whose VDI was deleted.

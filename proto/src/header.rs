@@ -110,6 +110,8 @@ pub mod order {
     pub const LEFT_OUT: u8 = 24;
     /// Process everything that the cluster has said so far; `kind` 1: and end the updates of the VDI's table that are in progress.
     pub const CATCH_UP: u8 = 25;
+    /// The writes of part of an object that came before it in epoch `serial`. Answer: offset, length (4 bytes each), bytes.
+    pub const EARLY: u8 = 26;
 }
 
 wire! {

@@ -7,7 +7,7 @@ use sheepdog_cluster::Driver;
 use sheepdog_proto::admin::RecoveryThrottling;
 use sheepdog_proto::config::StoreConfig;
 use sheepdog_proto::{ClusterInfo, ClusterStatus, NodeId, Opcode, Request};
-use sheepdog_store::{DiskFailure, MetaDir};
+use sheepdog_store::{DiskFailure, MetaDir, SyncMode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -22,6 +22,7 @@ use crate::history::History;
 use crate::holds::Holds;
 use crate::intents::Intents;
 use crate::peers::Peers;
+use crate::recovery::early::EarlyWrites;
 use crate::recovery::tombstones::Tombstones;
 use crate::recovery::{self, Recovery};
 use crate::server::Server;
@@ -119,7 +120,10 @@ async fn serve(
                 .map_err(text)?,
         )
     };
+    let durable = opened.as_ref().is_some_and(|o| o.store.sync_mode() != SyncMode::NoSync);
+    let early = EarlyWrites::open(meta.path(), durable);
     if meta.is_formatting() {
+        early.clear();
         if let Some(opened) = &opened {
             opened.store.format(opened.store.layout()).await.map_err(|e| e.to_string())?;
         }
@@ -135,6 +139,7 @@ async fn serve(
             // Also after an orderly shutdown there is something to recover.
             config.shutdown = 0;
         }
+        early.complete_files(&opened.store, latest).await.map_err(|e| e.to_string())?;
         let settled = opened.store.settle().await;
         if settled.moved + settled.failed > 0 {
             tracing::info!("{} objects moved to their disks, {} not", settled.moved, settled.failed);
@@ -160,7 +165,7 @@ async fn serve(
     let state = start::state(&meta, options, start::record(options, me, config.space), config);
     let state = state.map_err(|e| format!("{e}\nfailed to create sheepdog cluster"))?;
 
-    let (parts, sheep) = assemble(options, &meta, handle, &state, opened, history);
+    let (parts, sheep) = assemble(options, &meta, handle, &state, opened, history, early);
     if let Some(lease) = driver.lease() {
         sheep.gate.require(lease);
     }
@@ -294,6 +299,7 @@ fn assemble(
     state: &State,
     opened: Option<start::OpenStore>,
     history: Arc<History>,
+    early: EarlyWrites,
 ) -> (Parts, Arc<Sheep>) {
     let throttle = options.recovery.map(|r| RecoveryThrottling {
         max_exec_count: r.max,
@@ -321,6 +327,7 @@ fn assemble(
         recovery,
         holds: Holds::default(),
         history,
+        early,
         tombstones: Tombstones::open(meta.path()),
         disks: Disks::default(),
         tables: watch::Sender::new(true),

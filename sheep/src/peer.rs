@@ -2,7 +2,8 @@
 //!
 //! The same functions serve requests of other sheep and this node's own replica, which a gateway reaches without a
 //! socket. A request of an older epoch is refused, one of a newer epoch waits, one whose object is still to be
-//! recovered here waits for that (creates are complete in themselves and do not).
+//! recovered here waits for that (creates are complete in themselves and do not; writes of part of it are logged until then:
+//! [`crate::recovery::early`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::gate::{Pass, Refused};
 use crate::gateway::object::is_coded;
 use crate::intents::{LeftOut, WriteId, before_open_writes, regions_of};
 use crate::ops::order::is_settling;
+use crate::recovery::early::{self, Taken};
 use crate::recovery::lacking;
 use crate::sheep::Sheep;
 use crate::vdi::reclaim;
@@ -35,12 +37,18 @@ fn failed(request: &Request, result: ResultCode) -> Reply {
 /// Waits until a request of `epoch` may run: `Err` = refused because the epoch is over.
 async fn admit(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
     // Whoever waits longer is told to try again: its place and memory are needed by others.
-    tokio::time::timeout(PARK_LIMIT, admit_when_ready(sheep, request, oid))
+    tokio::time::timeout(PARK_LIMIT, admit_when_ready(sheep, request, oid, false))
         .await
         .unwrap_or(Err(ResultCode::NETWORK_ERROR))
 }
 
-async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Result<Arc<View>, ResultCode> {
+/// `early`: it need not wait for the recovery of its object where that can be done without.
+async fn admit_when_ready(
+    sheep: &Arc<Sheep>,
+    request: &Request,
+    oid: Oid,
+    early: bool,
+) -> Result<Arc<View>, ResultCode> {
     loop {
         let view = sheep.views.load();
         if view.status == ClusterStatus::Killed && !is_settling(request) {
@@ -72,7 +80,10 @@ async fn admit_when_ready(sheep: &Arc<Sheep>, request: &Request, oid: Oid) -> Re
                 continue;
             }
         }
-        let exempt = recovering || request.opcode == Opcode::CREATE_AND_WRITE_PEER;
+        let creates = request.opcode == Opcode::CREATE_AND_WRITE_PEER;
+        let exempt = recovering
+            || creates && !sheep.early.has_of(oid, view.epoch)
+            || early && sheep.recovery.takes_early(sheep, oid, &view);
         if exempt || sheep.recovery.ready(sheep, oid, &view).await {
             return Ok(view);
         }
@@ -85,8 +96,9 @@ async fn admit_write(
     request: &Request,
     oid: Oid,
     wanted: Wanted<'_>,
+    early: bool,
 ) -> Result<(Arc<View>, Pass), ResultCode> {
-    tokio::time::timeout(PARK_LIMIT, admit_write_when_ready(sheep, request, oid, wanted))
+    tokio::time::timeout(PARK_LIMIT, admit_write_when_ready(sheep, request, oid, wanted, early))
         .await
         .unwrap_or(Err(ResultCode::NETWORK_ERROR))
 }
@@ -96,9 +108,10 @@ async fn admit_write_when_ready(
     request: &Request,
     oid: Oid,
     wanted: Wanted<'_>,
+    early: bool,
 ) -> Result<(Arc<View>, Pass), ResultCode> {
     loop {
-        let view = admit_when_ready(sheep, request, oid).await?;
+        let view = admit_when_ready(sheep, request, oid, early).await?;
         match sheep.gate.enter_to_acknowledge(request.epoch, alters_of(request)) {
             // In this order: whoever holds an object waits for the passes given out before. A gateway that gave up
             // meanwhile has sent the request again, and newer ones after it.
@@ -135,7 +148,15 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, wante
     let _active = sheep.stats.peer(&request);
     let outcome = match request.opcode {
         Opcode::READ_PEER => return read(sheep, &request).await,
-        Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER => write(sheep, &request, payload, wanted).await,
+        Opcode::WRITE_PEER | Opcode::CREATE_AND_WRITE_PEER => {
+            match write(sheep, &request, payload, wanted).await {
+                Ok(Written::Early) => {
+                    let response = Response::to(&request, ResultCode::SUCCESS);
+                    return Reply::empty(early::mark(response));
+                }
+                other => other.map(drop),
+            }
+        }
         Opcode::REMOVE_PEER => remove(sheep, &request, wanted).await,
         Opcode::DECREF_PEER => decref(sheep, &request, wanted).await,
         _ => Err(ResultCode::INVALID_PARMS),
@@ -237,6 +258,11 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     }
     let recovering = request.flags.contains(Flags::RECOVERY);
     let fault = if recovering { crate::faults::recovery_result } else { crate::faults::peer_result };
+    // What recovery made of it lacks the last writes.
+    let open = recovering && replica.strip.is_none() && sheep.early.has_of(body.oid, view.epoch);
+    if open && (store.exists(replica) || body.tgt_epoch == Epoch(0)) {
+        return Err(ResultCode::AGAIN);
+    }
     if recovering && body.oid.is_data() && store.is_cut_off(replica, body.tgt_epoch, size) {
         return Err(ResultCode::AGAIN); // others have what it lacks
     }
@@ -270,7 +296,11 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     }
     match store.read_stale(replica, epoch, body.offset.into(), len).await {
         // "I never had it" proves something only if this store was there in that epoch.
-        Err(StoreError::NoObject) if recovering && !sheep.history.covers(epoch) => Err(ResultCode::AGAIN),
+        Err(StoreError::NoObject)
+            if recovering && (!sheep.history.covers(epoch) || sheep.early.has_of(body.oid, epoch)) =>
+        {
+            Err(ResultCode::AGAIN)
+        }
         stale => stale.map(with_everything).map_err(|e| fault(sheep, &e)),
     }
 }
@@ -279,26 +309,47 @@ fn with_everything(data: Bytes) -> (Bytes, LeftOut) {
     (data, LeftOut::default())
 }
 
+/// Where a write is.
+enum Written {
+    /// In the object.
+    InPlace,
+    /// In the log of early writes: the object is still to be recovered.
+    Early,
+}
+
 async fn write(
     sheep: &Arc<Sheep>,
     request: &Request,
     payload: Bytes,
     wanted: Wanted<'_>,
-) -> Result<(), ResultCode> {
+) -> Result<Written, ResultCode> {
     let body = request.obj();
     if !request.flags.contains(Flags::WRITE) {
         return Err(ResultCode::INVALID_PARMS);
     }
     let id = write_id(&body);
     sheep.intents.asked(body.oid, id);
-    let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    let plain = request.opcode == Opcode::WRITE_PEER;
+    let (mut view, mut pass) = admit_write(sheep, request, body.oid, wanted, plain).await?;
+    if plain && sheep.recovery.takes_early(sheep, body.oid, &view) {
+        match write_early(sheep, &view, &body, &payload).await? {
+            Taken::Yes => return acknowledge(sheep, pass).map(|()| Written::Early),
+            Taken::Here => {}
+            Taken::Wait => {
+                drop(pass);
+                (view, pass) = admit_write(sheep, request, body.oid, wanted, false).await?;
+            }
+        }
+    }
+    if sheep.early.has_of(body.oid, view.epoch) {
+        early::finish(sheep, &view, body.oid, 0).await?;
+    }
     if is_misnamed(sheep, &body, &view) {
         return Err(ResultCode::OLD_NODE_VER);
     }
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, size) = sheep.named_replica(body.oid, body.ec_index, &view);
     check_range(body.offset.into(), payload.len() as u64, size)?;
-    let plain = request.opcode == Opcode::WRITE_PEER;
     let (offset, len) = (u64::from(body.offset), payload.len());
     note_intent(sheep, body.oid, id, if plain { regions_of(size, offset, len as u64) } else { u64::MAX })?;
     if plain && replica.strip.is_some() {
@@ -331,7 +382,24 @@ async fn write(
         sheep.intents.failed(body.oid, id, request.epoch);
         crate::faults::peer_result(sheep, &e)
     })?;
-    acknowledge(sheep, pass)
+    acknowledge(sheep, pass).map(|()| Written::InPlace)
+}
+
+/// Logs a write of part of an object that is still to be recovered.
+async fn write_early(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    body: &ObjRequest,
+    payload: &[u8],
+) -> Result<Taken, ResultCode> {
+    let (id, size) = (write_id(body), sheep.size_of(body.oid, view));
+    if is_misnamed(sheep, body, view) {
+        return Err(ResultCode::OLD_NODE_VER);
+    }
+    let (offset, len) = (u64::from(body.offset), payload.len() as u64);
+    check_range(offset, len, size)?;
+    note_intent(sheep, body.oid, id, regions_of(size, offset, len))?;
+    early::take(sheep, view, body.oid, id, offset, payload).await
 }
 
 /// The number that a write's gateway gave it.
@@ -366,7 +434,7 @@ fn note_intent(sheep: &Arc<Sheep>, oid: Oid, id: WriteId, regions: u64) -> Resul
 
 async fn remove(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.obj();
-    let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
+    let (view, pass) = admit_write(sheep, request, body.oid, wanted, false).await?;
     let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
     let (replica, _) = sheep.named_replica(body.oid, body.ec_index, &view);
     sheep.tombstones.add(body.oid, view.epoch);
@@ -378,7 +446,7 @@ async fn remove(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Re
 async fn decref(sheep: &Arc<Sheep>, request: &Request, wanted: Wanted<'_>) -> Result<(), ResultCode> {
     let body = request.reference();
     let (remove_data, acknowledged) = {
-        let (view, pass) = admit_write(sheep, request, body.oid, wanted).await?;
+        let (view, pass) = admit_write(sheep, request, body.oid, wanted, false).await?;
         let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
         let last = reclaim::drop_in_ledger(sheep, store, &body).await?;
         let mine = view.my_position(body.oid, sheep.copies_of(body.oid, &view)) == Some(0);

@@ -18,6 +18,7 @@ use crate::holds::Holds;
 use crate::intents::Intents;
 use crate::peers::Peers;
 use crate::recovery::Recovery;
+use crate::recovery::early::EarlyWrites;
 use crate::recovery::tombstones::Tombstones;
 use crate::stats::Stats;
 use crate::vdi::table::{Redundancy, VdiTable};
@@ -51,6 +52,8 @@ pub struct Sheep {
     pub intents: Intents,
     /// Since when this store knows what it had.
     pub history: Arc<History>,
+    /// Writes of parts of objects that are still to be recovered here.
+    pub early: EarlyWrites,
     /// Objects removed here.
     pub tombstones: Tombstones,
     /// The changing of this node's disks.

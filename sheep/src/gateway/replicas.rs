@@ -10,6 +10,7 @@ use sheepdog_client::Reply;
 use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
 
 use crate::peer;
+use crate::recovery::early;
 use crate::peers::IO_DEADLINE;
 use crate::sheep::Sheep;
 use crate::view::View;
@@ -122,7 +123,11 @@ pub async fn write(
     let nodes = homes(sheep, view, &request, copies)?;
     let results = on_all(sheep, &nodes, request, &payload).await;
     let failures: Vec<Failure> = results.iter().filter_map(|r| r.as_ref().err().copied()).collect();
-    let Some(failure) = deciding(&failures) else { return Ok(()) };
+    let Some(failure) = deciding(&failures) else {
+        // Some home must have the object itself, or it does not exist.
+        let everywhere_early = results.iter().flatten().all(|reply| early::is_marked(&reply.response));
+        return if everywhere_early { Err(ResultCode::NETWORK_ERROR.into()) } else { Ok(()) };
+    };
     let missing = failures.iter().all(|f| f.code == ResultCode::NO_OBJ);
     if missing && failures.len() < nodes.len() { Err(ResultCode::STALE_OBJ.into()) } else { Err(failure) }
 }

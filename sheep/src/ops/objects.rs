@@ -67,7 +67,8 @@ pub fn get_obj_list<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> Bo
         if let Err(code) = at_epoch(sheep, request.epoch).await {
             return result(&request, code);
         }
-        let oids = sheep.store.as_ref().map(|s| s.list()).unwrap_or_default();
+        let mut oids = sheep.store.as_ref().map(|s| s.list()).unwrap_or_default();
+        oids.extend(sheep.early.oids());
         list(&request, oids.iter().flat_map(|oid| oid.0.to_le_bytes()).collect())
     })
 }
@@ -136,10 +137,21 @@ async fn hash_of(
         Epoch(0) => crate::faults::peer_result(sheep, &e),
         _ => crate::faults::recovery_result(sheep, &e),
     };
-    match store.hash(replica, size, None, of).await {
+    let open = sheep.early.has_of(oid, view.epoch);
+    let here = match open {
+        // The last writes of it are still to become part of the file.
+        true if store.exists(replica) && request.epoch != Epoch(0) => return Err(ResultCode::AGAIN),
+        true => Err(StoreError::NoObject),
+        false => store.hash(replica, size, None, of).await,
+    };
+    match here {
         Err(StoreError::NoObject) if tgt_epoch != Epoch(0) => {
             match store.hash(replica, size, Some(tgt_epoch), of).await {
-                Err(StoreError::NoObject) if !sheep.history.covers(tgt_epoch) => Err(ResultCode::AGAIN),
+                Err(StoreError::NoObject)
+                    if !sheep.history.covers(tgt_epoch) || sheep.early.has_of(oid, tgt_epoch) =>
+                {
+                    Err(ResultCode::AGAIN)
+                }
                 other => other.map_err(fault),
             }
         }

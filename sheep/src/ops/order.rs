@@ -16,7 +16,7 @@ use crate::gateway::grants::Verdict;
 use crate::gateway::object::is_coded;
 use crate::gateway::{arbiter, hold, sequencer};
 use crate::intents::Fate;
-use crate::recovery::lacking;
+use crate::recovery::{early, lacking};
 use crate::recovery::object::has_any;
 use crate::settle;
 use crate::sheep::Sheep;
@@ -43,6 +43,7 @@ pub fn is_settling(request: &Request) -> bool {
         order::LEVEL,
         order::HAS,
         order::LEFT_OUT,
+        order::EARLY,
     ];
     reading
         || request.opcode == Opcode::GET_HASH
@@ -72,6 +73,7 @@ pub fn order_peer<'a>(sheep: &'a Arc<Sheep>, request: Request, payload: Bytes) -
             order::REPAIR => repair(sheep, &request).await,
             order::HOLD | order::LET_GO => hold(sheep, &request, &payload).await,
             order::CATCH_UP => catch_up(sheep, &request).await,
+            order::EARLY => return early_writes(sheep, &request).await,
             _ => Err(ResultCode::INVALID_PARMS),
         };
         match outcome {
@@ -193,6 +195,18 @@ fn has(sheep: &Arc<Sheep>, request: &Request) -> Result<OrderResponse, ResultCod
         Ok(OrderResponse::zeroed())
     } else {
         Err(ResultCode::NO_OBJ)
+    }
+}
+
+async fn early_writes(sheep: &Arc<Sheep>, request: &Request) -> Reply {
+    let body = request.order();
+    let answer = match sequencer::member_at(sheep, request.epoch).await {
+        Ok(view) => early::answer(sheep, &view, body.oid, Epoch(body.serial)),
+        Err(code) => Err(code),
+    };
+    match answer {
+        Ok(patches) => list(request, patches),
+        Err(code) => result(request, code),
     }
 }
 

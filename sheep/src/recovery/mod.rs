@@ -3,8 +3,9 @@
 //! One task runs rounds one after another; a newer round replaces the running one. [`round`] is a round's life: list,
 //! copy, announce. [`pace`] says when it may begin the next object. [`object`] recovers one object: it never takes an older version while a home of a newer epoch is
 //! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
-//! recovered wait in [`Recovery::ready`] and put it first.
+//! recovered wait in [`Recovery::ready`] and put it first, except writes of part of it ([`early`]).
 
+pub mod early;
 pub mod lacking;
 pub mod object;
 pub mod pace;
@@ -199,6 +200,7 @@ impl Recovery {
         let Some(store) = &sheep.store else { return };
         sheep.intents.forget_loose(epoch);
         self.lacking.forget(epoch);
+        sheep.early.gathered(epoch);
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
             tokio::spawn(async move {
@@ -242,7 +244,10 @@ impl Recovery {
         let Some(active) = self.current.lock().clone() else { return true };
         let Some(store) = &sheep.store else { return true };
         match sheep.my_replica(oid, view) {
-            Some((replica, size)) if !store.exists(replica) || is_damaged(store, replica, size) => {}
+            Some((replica, size))
+                if !store.exists(replica)
+                    || is_damaged(store, replica, size)
+                    || sheep.early.has_of(oid, view.epoch) => {}
             _ => return true,
         }
         let done = {
@@ -265,6 +270,35 @@ impl Recovery {
         // An error means that the round was replaced.
         let _ = done.await;
         false
+    }
+}
+
+impl Recovery {
+    /// Whether a write of part of an object need not wait until the object is recovered here: it is listed, not done, and this
+    /// node was its home from the beginning of the epoch.
+    pub fn takes_early(&self, sheep: &Sheep, oid: Oid, view: &View) -> bool {
+        let Some(active) = self.current.lock().clone() else { return false };
+        let round = &active.round;
+        let whole_epoch = round.epoch == view.epoch && round.tgt_epoch.is_before(round.epoch);
+        if !whole_epoch || round.wildcard || active.is_replaced() || active.held.load(Ordering::Acquire) {
+            return false;
+        }
+        let Some(store) = &sheep.store else { return false };
+        let Some((replica, _)) = sheep.my_replica(oid, view) else { return false };
+        let absent = !store.exists(replica) || sheep.early.has_of(oid, view.epoch);
+        if !oid.is_data() || replica.strip.is_some() || !absent {
+            return false;
+        }
+        let work = active.work.lock();
+        work.listed && work.todo.contains(&oid)
+    }
+
+    /// Recovers an object before those that nobody has asked for.
+    pub fn put_first(&self, oid: Oid) {
+        if let Some(active) = self.current.lock().as_ref() {
+            active.work.lock().queue.push_front(oid);
+            active.wake.notify_one();
+        }
     }
 }
 

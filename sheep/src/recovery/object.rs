@@ -5,6 +5,9 @@
 //! does whose store was there (a write is acknowledged by all homes). Otherwise a home that is away may hold a newer
 //! version than any older epoch has, and the object waits.
 //!
+//! A home that has no version of an epoch may have writes of it ([`super::early`]), which are all that happened in it. If those
+//! that may have more are away, the search goes back, and what was written since is put on top of what it finds.
+//!
 //! It ends at the epoch in which a home knows the object to have been removed ([`super::tombstones`]). The epoch in which
 //! everybody had everything (last gathered) does not end it: what nobody could reach then is in no list of then, and may
 //! return with its homes. Only an object that nobody has at all is not waited for below that epoch.
@@ -13,14 +16,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use sheepdog_buffer::PageBuf;
 use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Response, ResultCode};
-use sheepdog_store::{DigestOf, Replica, StoreError};
+use sheepdog_store::{DigestOf, Replica, Store, StoreError};
 
+use super::early::Patch;
 use super::tombstones::marked;
-use super::{Active, is_damaged};
+use super::{Active, early, is_damaged};
 use crate::cluster::ops::epoch_log;
+use crate::faults::unnoted;
 use crate::gateway::coded::code_of;
 use crate::gateway::object::is_coded;
 use crate::ops::objects::repair;
@@ -63,7 +69,7 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let redundancy = sheep.redundancy(oid.vid(), &view);
     if store.exists(replica) {
         match is_damaged(store, replica, size) {
-            false => return Recovered::Here,
+            false => return finished(sheep, active, oid).await,
             true if is_coded(oid, &redundancy) => tracing::warn!("{replica} is cut off"),
             true => return mend(sheep, &view, oid, redundancy.copies).await,
         }
@@ -82,7 +88,8 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let candidate =
         LocalCandidate::find(sheep, oid, if oid.is_sparse() { DigestOf::Blocks } else { DigestOf::All })
             .await;
-    let mut hunt = Hunt { sheep, active, oid, copies: redundancy.copies, candidate, removed };
+    let mut hunt =
+        Hunt { sheep, active, oid, copies: redundancy.copies, candidate, removed, since: Vec::new() };
     let mut epoch = active.round.tgt_epoch;
     let mut nodes = Some(active.round.old.clone());
     loop {
@@ -101,6 +108,18 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
         }
         epoch = Epoch(epoch.0 - 1);
         nodes = epoch_log(sheep, epoch).await.map(|log| log.nodes);
+    }
+}
+
+/// The object is here, but perhaps for the last writes.
+async fn finished(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered {
+    if !sheep.early.has(oid) {
+        return Recovered::Here;
+    }
+    let Some(_pass) = sheep.gate.enter(active.round.epoch) else { return Recovered::Replaced };
+    match early::finish(sheep, &sheep.views.load(), oid, 0).await {
+        Ok(()) => Recovered::Here,
+        Err(code) => Recovered::Later(format!("writes that came before it: {code}")),
     }
 }
 
@@ -142,7 +161,8 @@ pub(super) async fn unknown(
 
 /// Whether this node has any state of a replica.
 pub fn has_any(sheep: &Sheep, name: Replica) -> bool {
-    sheep.store.as_ref().is_some_and(|s| s.exists(name) || !s.stale_epochs(name).is_empty())
+    let early = name.strip.is_none() && sheep.early.has(name.oid);
+    early || sheep.store.as_ref().is_some_and(|s| s.exists(name) || !s.stale_epochs(name).is_empty())
 }
 
 /// Whether another node has any state of an object; `INVALID_PARMS` from a node of the original.
@@ -230,6 +250,8 @@ struct Hunt<'a> {
     candidate: LocalCandidate,
     /// The last epoch in which somebody removed it; 0 = nobody knows of one.
     removed: Epoch,
+    /// What was written in the epochs that were passed by, the latest first.
+    since: Vec<Vec<Patch>>,
 }
 
 impl Hunt<'_> {
@@ -257,6 +279,8 @@ impl Hunt<'_> {
         // Moved away in this very epoch: outdated if a home has the object, the only copy if none has.
         let mut own = false;
         let (mut unknown, mut proven) = (None, false);
+        // Writes of the epoch, if a home has only those; and whether all others that may have more are away.
+        let (mut written, mut only_away) = (None, true);
         for home in self.candidates(&ring) {
             if self.active.is_replaced() {
                 return Search::Replaced;
@@ -273,11 +297,31 @@ impl Hunt<'_> {
                 Ok(()) => return Search::Found,
                 Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
                 Err(ResultCode::NO_OBJ) => proven = true,
-                Err(code) => unknown = Some(format!("{home}: {code}")),
+                Err(code) => {
+                    let early = match code {
+                        ResultCode::AGAIN => early::ask(self.sheep, &view, home, self.oid, epoch).await,
+                        _ => None,
+                    };
+                    only_away &= early.is_some();
+                    if early.is_none() {
+                        unknown = Some(format!("{home}: {code}"));
+                    }
+                    written = written.or(early);
+                }
             }
         }
         // Where placement is in doubt, one node without the object proves nothing.
         proven &= !self.active.round.wildcard;
+        if let Some(written) = written
+            && !proven
+            && !own
+            && only_away
+            && !self.active.round.wildcard
+        {
+            tracing::info!("{}: {} writes of epoch {epoch} came before it", self.oid, written.len());
+            self.since.push(written);
+            return Search::Absent;
+        }
         match unknown {
             Some(reason) if !proven => Search::Unknown(reason),
             _ if own => match self.link(epoch).await {
@@ -301,7 +345,8 @@ impl Hunt<'_> {
                 true => self.link(epoch).await,
                 false => Err(ResultCode::NO_OBJ),
             };
-            let empty = linked == Err(ResultCode::NO_OBJ) && !self.sheep.history.covers(epoch);
+            let empty = linked == Err(ResultCode::NO_OBJ)
+                && (!self.sheep.history.covers(epoch) || self.sheep.early.has_of(self.oid, epoch));
             return if empty { Err(ResultCode::AGAIN) } else { linked };
         }
         if let Some((stale, of, hash)) = self.candidate.0 {
@@ -354,9 +399,17 @@ impl Hunt<'_> {
     /// Makes the stale copy of `epoch` the working one again.
     async fn link(&self, epoch: Epoch) -> Result<(), ResultCode> {
         let store = self.sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
+        let (view, replica) = (self.sheep.views.load(), Sheep::replica(self.oid));
         let _pass = self.sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-        match store.link_stale(Sheep::replica(self.oid), epoch).await {
-            Ok(true) => Ok(()),
+        if !self.since.is_empty() {
+            let size = self.sheep.size_of(self.oid, &view) as usize;
+            return match store.read_stale(replica, epoch, 0, size).await {
+                Ok(data) => self.make(store, &view, data).await,
+                Err(error) => Err(crate::faults::recovery_result(self.sheep, &error)),
+            };
+        }
+        match store.link_stale(replica, epoch).await {
+            Ok(true) => early::finish(self.sheep, &view, self.oid, 0).await,
             Ok(false) | Err(StoreError::NoObject) => Err(ResultCode::NO_OBJ),
             Err(error) => Err(crate::faults::peer_result(self.sheep, &error)),
         }
@@ -365,7 +418,8 @@ impl Hunt<'_> {
     async fn copy(&mut self, epoch: Epoch, home: NodeId) -> Result<(), ResultCode> {
         let sheep = self.sheep;
         let store = sheep.store.as_ref().ok_or(ResultCode::NO_OBJ)?;
-        let size = sheep.size_of(self.oid, &sheep.views.load());
+        let view = sheep.views.load();
+        let size = sheep.size_of(self.oid, &view);
         let mut request = self.request(Opcode::READ_PEER, epoch).flag(Flags::RECOVERY).length(size as usize);
         if self.active.round.wildcard {
             request = request.flag(Flags::WILDCARD);
@@ -378,9 +432,28 @@ impl Hunt<'_> {
         }
         // The epoch must not move between the copy and its becoming the working object.
         let _pass = sheep.gate.enter(self.active.round.epoch).ok_or(ResultCode::OLD_NODE_VER)?;
+        self.make(store, &view, reply.data).await
+    }
+
+    /// Makes the object out of what was found and what was written since. The caller holds a pass of the epoch.
+    async fn make(&self, store: &Store, view: &View, found: Bytes) -> Result<(), ResultCode> {
+        let (sheep, epoch) = (self.sheep, self.active.round.epoch);
+        let early = sheep.early.writes(self.oid, epoch, 0).map_err(|error| unnoted(sheep, self.oid, &error))?;
+        let whole = match self.since.is_empty() && early.is_empty() {
+            true => found,
+            false => {
+                let mut whole = PageBuf::copy_of(&found);
+                for (at, data) in self.since.iter().rev().flatten().chain(&early) {
+                    let at = *at as usize;
+                    whole[at..at + data.len()].copy_from_slice(data);
+                }
+                whole.freeze()
+            }
+        };
         let restored =
-            super::pieces::restore(sheep, self.active, store, Sheep::replica(self.oid), reply.data).await;
-        restored.map_err(|error| crate::faults::peer_result(sheep, &error))
+            super::pieces::restore(sheep, self.active, store, Sheep::replica(self.oid), whole).await;
+        restored.map_err(|error| crate::faults::peer_result(sheep, &error))?;
+        early::finish(sheep, view, self.oid, early.len()).await
     }
 }
 

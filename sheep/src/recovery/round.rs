@@ -12,7 +12,7 @@ use sheepdog_proto::{
     ClusterFlags, Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire,
 };
 
-use super::Active;
+use super::{Active, early};
 use super::object::{Recovered, recover};
 use super::pace::{Moment, Pace, Verdict};
 use crate::cluster::worker::Worker;
@@ -228,7 +228,7 @@ fn too_small(sheep: &Sheep, view: &View, data: &BTreeSet<Oid>) -> Vec<NodeId> {
 
 async fn list_of(sheep: &Arc<Sheep>, active: &Active, node: &NodeRecord) -> Option<Vec<Oid>> {
     if node.nid == sheep.me {
-        return sheep.store.as_ref().map(|s| s.list());
+        return sheep.store.as_ref().map(|s| s.list().into_iter().chain(sheep.early.oids()).collect());
     }
     let mut pause = PASS_PAUSE.0;
     loop {
@@ -353,7 +353,11 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
 
 async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
     match recover(sheep, active, oid).await {
-        Recovered::Here | Recovered::Nowhere => active.done(oid),
+        Recovered::Here => active.done(oid),
+        Recovered::Nowhere => {
+            active.done(oid);
+            early::forget(sheep, oid).await;
+        }
         // The gate was closed for a moment without a new epoch: the object is still to do.
         Recovered::Replaced if !active.is_replaced() => {
             if !put_off(active, oid, None) {

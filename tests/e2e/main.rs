@@ -12,6 +12,7 @@ mod dog_extras;
 mod dog_integrations;
 mod dog_terminal;
 mod drivers;
+mod early;
 mod durability;
 mod epochs;
 mod faults;

@@ -197,8 +197,11 @@ fn everything_at_once_loses_nothing() {
     eprintln!("SHEEPDOG_TORTURE_SEED={seed}");
     let mut random = SmallRng::seed_from_u64(seed);
     let level = std::env::var("SHEEPDOG_TORTURE_LOG").unwrap_or_else(|_| "info".into());
-    let mut cluster =
-        Builder::new(NODES).disks(2).copies(COPIES).arg("-l").arg(&format!("level={level}")).start();
+    let mut builder = Builder::new(NODES).disks(2).copies(COPIES).arg("-l").arg(&format!("level={level}"));
+    if let Ok(throttle) = std::env::var("SHEEPDOG_TORTURE_THROTTLE") {
+        builder = builder.arg("-R").arg(&throttle); // more writes come before their objects
+    }
+    let mut cluster = builder.start();
     let plain = created(&mut cluster, "plain", None);
     let policy = CopyPolicy::erasure(CODE.0, CODE.1).expect("a valid policy");
     let coded = created(&mut cluster, "coded", Some(policy));

@@ -156,12 +156,14 @@ pub async fn heal(
     Ok(())
 }
 
-/// Reads from this node's replica if there is one, else from the others, beginning anywhere.
+/// Reads from this node's replica if there is one and it is not still to be recovered, else from the others, beginning
+/// anywhere.
 pub async fn read(sheep: &Arc<Sheep>, view: &View, request: Request, copies: u8) -> Result<Bytes, Failure> {
     let mut nodes = homes(sheep, view, &request, copies)?;
     let mine = nodes.iter().position(|n| *n == sheep.me).map(|at| nodes.remove(at));
+    let missing = mine.is_some() && sheep.recovery.is_missing(sheep, request.obj().oid, view);
     let mut failures = Vec::new();
-    if let Some(me) = mine {
+    if let Some(me) = mine.filter(|_| !missing) {
         match call(sheep, me, request, Bytes::new()).await {
             Ok(reply) => return Ok(reply.data),
             Err(failure) => failures.push(failure),
@@ -171,6 +173,7 @@ pub async fn read(sheep: &Arc<Sheep>, view: &View, request: Request, copies: u8)
         let start = rand::random_range(0..nodes.len());
         nodes.rotate_left(start);
     }
+    nodes.extend(mine.filter(|_| missing));
     let mut waiting: FuturesUnordered<BoxFuture<'_, Result<Reply, Failure>>> = FuturesUnordered::new();
     let mut next = nodes.into_iter();
     loop {

@@ -32,6 +32,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -40,16 +41,20 @@ use sheepdog_proto::header::{OrderRequest, order};
 use sheepdog_proto::{Epoch, NodeId, Oid, Opcode, Request, Response, ResultCode, Wire};
 use sheepdog_store::{Store, StoreError};
 
+use super::Active;
 use super::object::COPY_DEADLINE;
 use crate::faults::{peer_result, unnoted};
 use crate::intents::WriteId;
 use crate::order::Order;
+use crate::peers::Lane;
 use crate::sheep::Sheep;
 use crate::view::View;
 
 const FILE: &str = "early_writes";
 const MAGIC: &[u8; 4] = b"SDEW";
 const HEADER: usize = 36;
+/// Deadline of the question whether a member knows of early writes.
+const KNOWN_DEADLINE: Duration = Duration::from_secs(2);
 /// In the place of a payload's length.
 const DROPPED: u32 = u32::MAX;
 /// The log is not longer than this, in bytes.
@@ -370,6 +375,7 @@ pub async fn take(
     if payload.len() > LONGEST || sheep.early.knows(oid, view.epoch, id) {
         return Ok(Taken::Wait);
     }
+    tracing::debug!("{oid}: {id:?} at {offset}, {} bytes, epoch {}, comes before it", payload.len(), view.epoch);
     let first = !sheep.early.has_of(oid, view.epoch);
     let added =
         tokio::task::block_in_place(|| sheep.early.add(oid, view.epoch, id, offset as u32, payload))
@@ -423,6 +429,20 @@ pub async fn ask(sheep: &Arc<Sheep>, view: &View, home: NodeId, oid: Oid, epoch:
     };
     let fits = writes.iter().all(|(offset, data)| offset + data.len() as u64 <= size);
     (fits && !writes.is_empty()).then_some(writes)
+}
+
+/// Whether every member knows what an early write is. One that does not (the original) would take an older version for the
+/// present one where there are early writes on top of it.
+pub async fn is_known(sheep: &Arc<Sheep>, active: &Active) -> bool {
+    let view = sheep.views.load();
+    let body = OrderRequest { what: order::EARLY, ..OrderRequest::zeroed() };
+    let request = Request::new(Opcode::ORDER_PEER).epoch(active.round.epoch).with_order(body);
+    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let answers = others.map(|node| async move {
+        let reply = sheep.peers.call_on(Lane::Control, &node, request, Bytes::new(), KNOWN_DEADLINE).await;
+        reply.map(|reply| reply.response.result)
+    });
+    join_all(answers).await.into_iter().all(|answer| matches!(answer, Ok(ResultCode::NO_OBJ)))
 }
 
 /// The answer to [`ask`]: offset and length (4 bytes each) and bytes of each range that was written, in ascending order.
@@ -607,6 +627,30 @@ mod tests {
         assert_eq!(decode_patches(&encode_patches(&expected)).as_deref(), Some(&expected[..]));
         assert_eq!(decode_patches(&[0; 7]), None);
         assert_eq!(decode_patches(&[0, 0, 0, 0, 2, 0, 0, 0, 1]), None);
+    }
+
+    /// The crash came after recovery had made a file and before the last writes were part of it; of another object there is
+    /// no file, and of a third one the writes are of an earlier epoch.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn files_that_a_crash_left_incomplete_are_completed() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let disk = dir.path().join("obj");
+        std::fs::create_dir(&disk).expect("directory");
+        let (store, _) = Store::open(&[disk], sheepdog_store::StoreOptions::default()).expect("store");
+        let early = EarlyWrites::open(dir.path(), true);
+        let size = 4 << 20;
+        for index in [1, 3] {
+            let replica = Sheep::replica(oid(index));
+            store.create(replica, size, 0, Bytes::from_static(b"before")).await.expect("created");
+        }
+        for (index, epoch) in [(1, 4), (1, 5), (2, 5), (3, 4)] {
+            assert!(early.add(oid(index), Epoch(epoch), id(index), u32::from(epoch == 5), b"new").expect("added"));
+        }
+        early.complete_files(&store, E).await.expect("completed");
+        for (index, bytes) in [(1, b"bnewre"), (3, b"before")] {
+            assert_eq!(store.read(Sheep::replica(oid(index)), 0, 6).await.expect("read"), &bytes[..]);
+        }
+        assert_eq!(early.oids(), [oid(2)]);
     }
 
     proptest::proptest! {

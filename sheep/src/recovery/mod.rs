@@ -27,6 +27,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::cluster::state::Round;
 use crate::cluster::worker::Worker;
+use crate::gateway::object::is_coded;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -43,6 +44,8 @@ pub struct Active {
     pub work: Mutex<Pending>,
     /// Something was added to the work, or recovery was enabled.
     pub wake: Notify,
+    /// All members know of early writes: they may be taken.
+    pub early: AtomicBool,
     /// Only what requests ask for is recovered: the rest has no room (`-F`).
     pub held: AtomicBool,
     finished: AtomicU64,
@@ -161,6 +164,7 @@ impl Recovery {
             replaced: AtomicBool::new(false),
             work: Mutex::default(),
             wake: Notify::new(),
+            early: AtomicBool::new(false),
             held: AtomicBool::new(false),
             finished: AtomicU64::new(0),
         }));
@@ -274,23 +278,35 @@ impl Recovery {
 }
 
 impl Recovery {
-    /// Whether a write of part of an object need not wait until the object is recovered here: it is listed, not done, and this
-    /// node was its home from the beginning of the epoch.
+    /// The running round, if this node's replica of an object is not there and may be when it was recovered.
+    fn awaits(&self, sheep: &Sheep, oid: Oid, view: &View) -> Option<Arc<Active>> {
+        let active = self.current.lock().clone()?;
+        let (replica, _) = sheep.my_replica(oid, view)?;
+        let absent = !sheep.store.as_ref()?.exists(replica) || sheep.early.has_of(oid, view.epoch);
+        let awaited = absent && {
+            let work = active.work.lock();
+            !work.listed || work.todo.contains(&oid)
+        };
+        awaited.then_some(active)
+    }
+
+    /// Whether this node's replica of an object is not there, and may be when it was recovered.
+    pub fn is_missing(&self, sheep: &Sheep, oid: Oid, view: &View) -> bool {
+        self.awaits(sheep, oid, view).is_some()
+    }
+
+    /// Whether a write of part of an object need not wait until the object is recovered here: it is listed, not done, this
+    /// node was its home from the beginning of the epoch, and all members know what an early write is.
     pub fn takes_early(&self, sheep: &Sheep, oid: Oid, view: &View) -> bool {
-        let Some(active) = self.current.lock().clone() else { return false };
-        let round = &active.round;
-        let whole_epoch = round.epoch == view.epoch && round.tgt_epoch.is_before(round.epoch);
-        if !whole_epoch || round.wildcard || active.is_replaced() || active.held.load(Ordering::Acquire) {
+        if !oid.is_data() || is_coded(oid, &sheep.redundancy(oid.vid(), view)) {
             return false;
         }
-        let Some(store) = &sheep.store else { return false };
-        let Some((replica, _)) = sheep.my_replica(oid, view) else { return false };
-        let absent = !store.exists(replica) || sheep.early.has_of(oid, view.epoch);
-        if !oid.is_data() || replica.strip.is_some() || !absent {
-            return false;
-        }
-        let work = active.work.lock();
-        work.listed && work.todo.contains(&oid)
+        self.awaits(sheep, oid, view).is_some_and(|active| {
+            let round = &active.round;
+            let whole_epoch = round.epoch == view.epoch && round.tgt_epoch.is_before(round.epoch);
+            let recovers = !round.wildcard && !active.held.load(Ordering::Acquire) && !active.is_replaced();
+            whole_epoch && recovers && active.early.load(Ordering::Acquire) && active.work.lock().listed
+        })
     }
 
     /// Recovers an object before those that nobody has asked for.

@@ -4,8 +4,8 @@
 //! long as the pieces in flight take, and with whole objects that is many times its own time. An object that a request
 //! waits for is read in one go, or what is left of it.
 //!
-//! A client's write may come between two pieces, as it may come in the middle of one read. This node's replica gets every
-//! such write itself once it is complete: until then writes of the object wait here ([`super::Recovery::ready`]).
+//! A client's write may come between two pieces, as it may come in the middle of one read. This node gets every such write
+//! itself: until the object is complete they are logged ([`super::early`]), or wait here ([`super::Recovery::ready`]).
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -48,10 +48,11 @@ pub async fn run(sheep: &Arc<Sheep>, worker: &Worker, active: &Arc<Active>) -> b
     if !super::lacking::learn(sheep, active).await {
         return false;
     }
-    let early = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
-    let listed = list(sheep, active).await;
-    early.abort();
+    let urgent = tokio::spawn(serve_urgent(sheep.clone(), active.clone()));
+    let (listed, known) = tokio::join!(list(sheep, active), early::is_known(sheep, active));
+    urgent.abort();
     let Some((oids, fits)) = listed else { return false };
+    active.early.store(known, Ordering::Release);
     active.held.store(!fits, Ordering::Release);
     {
         let mut work = active.work.lock();

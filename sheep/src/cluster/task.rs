@@ -507,6 +507,8 @@ impl Task {
         let (status, epoch, alters) = (view.status, view.epoch, view.alters);
         if self.sheep.views.epoch() != epoch {
             self.sheep.intents.epoch_ends();
+        } else {
+            self.sheep.early.keep_homes(epoch, |oid| self.sheep.is_home(oid, &view));
         }
         // Open first: whoever sees the new view finds the gate open.
         let ending = status == ClusterStatus::Killed && self.state.joined && !self.state.left;

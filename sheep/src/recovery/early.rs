@@ -20,8 +20,8 @@
 //! | 0..4 | magic `SDEW` |
 //! | 4..8 | CRC-32 of all that follows, payload included |
 //! | 8..16 | generation: how often the log began anew; a record of another one than the first ends the log |
-//! | 16..20 | length of the payload; all bits set: not a write, all of the object's are in its file, or of no interest |
-//! | 20..24 | epoch |
+//! | 16..20 | length of the payload; all bits set: not a write, the object's are in its file, or of no interest |
+//! | 20..24 | epoch; 0 = all |
 //! | 24..28 | offset in the object, in bytes |
 //! | 28..36 | object id |
 
@@ -139,17 +139,27 @@ fn parse(bytes: &[u8]) -> (u64, u64, HashMap<Oid, Vec<Entry>>) {
         if !whole || *generation.get_or_insert(u64::get(&header[8..])) != u64::get(&header[8..]) {
             break;
         }
-        let oid = Oid::get(&header[28..]);
+        let (epoch, oid) = (Epoch(u32::get(&header[20..])), Oid::get(&header[28..]));
         if len == DROPPED {
-            writes.remove(&oid);
+            remove(&mut writes, oid, epoch);
         } else {
-            let (epoch, offset) = (Epoch(u32::get(&header[20..])), u32::get(&header[24..]));
+            let offset = u32::get(&header[24..]);
             let entry = Entry { epoch, id: WriteId::default(), offset, len, at: (at + HEADER) as u64 };
             writes.entry(oid).or_default().push(entry);
         }
         at += HEADER + payload;
     }
     (generation.unwrap_or(0), at as u64, writes)
+}
+
+/// Removes the writes of an object in an epoch; 0 = in all.
+fn remove(writes: &mut HashMap<Oid, Vec<Entry>>, oid: Oid, epoch: Epoch) {
+    if let Some(all) = writes.get_mut(&oid) {
+        all.retain(|entry| epoch != Epoch(0) && entry.epoch != epoch);
+        if all.is_empty() {
+            writes.remove(&oid);
+        }
+    }
 }
 
 impl EarlyWrites {
@@ -307,13 +317,18 @@ impl EarlyWrites {
 
     /// The writes of an object are not of interest any more. Durable on return.
     fn drop_all(&self, oid: Oid) -> io::Result<()> {
+        self.drop_of(oid, Epoch(0))
+    }
+
+    /// Those of an epoch (0 = all) are not.
+    fn drop_of(&self, oid: Oid, epoch: Epoch) -> io::Result<()> {
         let mine = {
             let mut log = self.log.lock();
             if !log.writes.contains_key(&oid) {
                 return Ok(());
             }
-            let Some((_, mine)) = self.append(&mut log, DROPPED, Epoch(0), 0, oid, &[])? else { return Ok(()) };
-            log.writes.remove(&oid);
+            let Some((_, mine)) = self.append(&mut log, DROPPED, epoch, 0, oid, &[])? else { return Ok(()) };
+            remove(&mut log.writes, oid, epoch);
             self.objects.store(log.writes.len(), Ordering::Release);
             mine
         };
@@ -330,6 +345,16 @@ impl EarlyWrites {
         for oid in over {
             if let Err(error) = self.drop_all(oid) {
                 tracing::warn!("cannot note that early writes of {oid} are of no interest: {error}");
+            }
+        }
+    }
+
+    /// In the middle of `epoch`, after copies were altered, this node is the home of those objects only: of others it does not get
+    /// all writes any more.
+    pub fn keep_homes(&self, epoch: Epoch, is_home: impl Fn(Oid) -> bool) {
+        for oid in self.oids().into_iter().filter(|oid| self.has_of(*oid, epoch) && !is_home(*oid)) {
+            if let Err(error) = self.drop_of(oid, epoch) {
+                tracing::error!("cannot note that early writes of {oid} are of no interest: {error}");
             }
         }
     }
@@ -617,6 +642,20 @@ mod tests {
         }
         early.gathered(Epoch(5));
         assert_eq!(early.oids(), [oid(2)]);
+    }
+
+    #[test]
+    fn an_object_that_moves_away_in_an_epoch_keeps_the_writes_of_others() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let early = EarlyWrites::open(dir.path(), true);
+        for (index, epoch) in [(1, 4), (1, 5), (2, 5), (3, 5)] {
+            assert!(early.add(oid(index), Epoch(epoch), id(epoch), 0, b"data").expect("added"));
+        }
+        early.keep_homes(E, |home| home == oid(2));
+        for early in [early, EarlyWrites::open(dir.path(), true)] {
+            assert!(early.has_of(oid(1), Epoch(4)) && early.has_of(oid(2), E));
+            assert!(!early.has_of(oid(1), E) && !early.has(oid(3)));
+        }
     }
 
     #[test]

@@ -32,6 +32,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -182,6 +183,8 @@ pub struct UndoLog {
     state: Mutex<State>,
     /// `appended` of what is on disk.
     synced: Mutex<u64>,
+    /// A flush failed. The kernel tells that once and takes the pages for clean: a later flush would succeed without them.
+    failed: AtomicBool,
 }
 
 impl UndoLog {
@@ -199,14 +202,32 @@ impl UndoLog {
                 found = Some(records);
             }
         }
-        (UndoLog { base: base.to_owned(), durable, state: Mutex::new(state), synced: Mutex::new(0) }, found)
+        let (state, synced) = (Mutex::new(state), Mutex::new(0));
+        (UndoLog { base: base.to_owned(), durable, state, synced, failed: AtomicBool::new(false) }, found)
+    }
+
+    /// Fails from the first failed flush on: from then on nobody knows what is on disk.
+    fn usable(&self) -> io::Result<()> {
+        match self.failed.load(Ordering::Acquire) {
+            true => Err(io::Error::other("the log of writes of strips could not be flushed before")),
+            false => Ok(()),
+        }
+    }
+
+    /// The result of a flush, whatever its reason an error of the metadata directory.
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        result.map_err(|error| {
+            self.failed.store(true, Ordering::Release);
+            io::Error::other(format!("the log of writes of strips cannot be flushed: {error}"))
+        })
     }
 
     /// Adds a record. `all` gives what is of interest now, this record included; it is called when a file is full. `flush`:
-    /// returns when the record survives a power cut.
+    /// returns when the record survives a power cut. Once a flush has failed, so does everything.
     pub fn append(&self, record: &Record, flush: bool, all: impl FnOnce() -> Vec<Record>) -> io::Result<()> {
         let mine = {
             let mut state = self.state.lock();
+            self.usable()?;
             let mut bytes = record.encode(state.generation);
             if state.file.is_none() || state.at + bytes.len() as u64 > state.len {
                 self.begin(&mut state, all())?;
@@ -228,12 +249,13 @@ impl UndoLog {
         if *synced >= mine {
             return Ok(());
         }
+        self.usable()?;
         let (file, upto) = {
             let state = self.state.lock();
             (state.file.clone(), state.appended)
         };
         if let Some(file) = file {
-            file.sync_data()?;
+            self.flushed(file.sync_data())?;
         }
         *synced = upto;
         Ok(())
@@ -258,8 +280,7 @@ impl UndoLog {
         }
         file.write_all_at(&bytes, 0)?;
         if self.durable {
-            file.sync_all()?;
-            File::open(&self.base)?.sync_all()?;
+            self.flushed(file.sync_all().and_then(|()| File::open(&self.base)?.sync_all()))?;
         }
         let at = bytes.len() as u64;
         *state = State { file: Some(Arc::new(file)), index, generation, at, len, appended: state.appended };
@@ -270,7 +291,11 @@ impl UndoLog {
     pub fn restart(&self, records: Vec<Record>) -> io::Result<()> {
         let mut state = self.state.lock();
         // A node that never had strips has no log either.
-        if state.generation == 0 { Ok(()) } else { self.begin(&mut state, records) }
+        if state.generation == 0 {
+            return Ok(());
+        }
+        self.usable()?;
+        self.begin(&mut state, records)
     }
 }
 
@@ -358,6 +383,38 @@ mod tests {
         bytes[2 * HEADER + 8 + HEADER + 3] ^= 1;
         std::fs::write(&file, bytes).expect("write");
         assert_eq!(records(dir.path()), Some(vec![Record::Complete, write(1, 8)]));
+    }
+
+    #[test]
+    fn after_a_failed_flush_nothing_is_taken_for_durable() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        // Can be written to, but not flushed.
+        let unflushable = || OpenOptions::new().write(true).open("/dev/null").expect("opened");
+        let (log, _) = UndoLog::open(dir.path(), true);
+        log.append(&write(1, 8), true, Vec::new).expect("appended");
+        let good = log.state.lock().file.replace(Arc::new(unflushable()));
+        log.append(&write(2, 8), false, Vec::new).expect("nobody waits for it to be durable");
+        let error = log.append(&write(3, 8), true, Vec::new).expect_err("cannot be flushed");
+        assert_eq!(error.kind(), io::ErrorKind::Other, "whatever it was, the directory is not to be used");
+        // The next flush would succeed.
+        log.state.lock().file = good;
+        for flush in [true, false] {
+            log.append(&write(4, 8), flush, Vec::new).expect_err("was not durable before");
+        }
+        log.restart(Vec::new()).expect_err("as little");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_flushed_when_it_is_begun_ends_the_log() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (log, _) = UndoLog::open(dir.path(), true);
+        log.append(&write(1, 8), true, Vec::new).expect("appended");
+        let other = path(dir.path(), 1 - log.state.lock().index);
+        std::os::unix::fs::symlink("/dev/null", &other).expect("linked");
+        log.restart(vec![write(2, 8)]).expect_err("cannot be flushed");
+        std::fs::remove_file(&other).expect("removed");
+        // Part of the new file may be on disk all the same: it would hide what is added to the old one.
+        log.append(&write(3, 8), true, Vec::new).expect_err("which is current is not known");
     }
 
     proptest::proptest! {

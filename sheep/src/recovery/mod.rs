@@ -197,7 +197,7 @@ impl Recovery {
             tracing::warn!("cannot write {}: {error}", self.gathered_path.display());
         }
         let Some(store) = &sheep.store else { return };
-        sheep.intents.forget_loose(epoch);
+        sheep.intents.gathered(epoch);
         self.lacking.forget(epoch);
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));

@@ -3,6 +3,7 @@
 //! Build the programs first (`cargo build -p sheep -p dog` with the profile of the tests; `scripts/test` does all of
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
+mod altered;
 mod bad_input;
 mod coded;
 mod convergence;

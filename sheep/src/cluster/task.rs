@@ -552,6 +552,7 @@ impl Task {
         self.sheep.recovery.stop();
         self.sheep.tombstones.clear();
         self.sheep.recovery.lacking.clear();
+        tokio::task::block_in_place(|| self.sheep.recovery.altered.clear());
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store {
             let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);

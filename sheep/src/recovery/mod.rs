@@ -5,6 +5,7 @@
 //! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
 //! recovered wait in [`Recovery::ready`] and put it first.
 
+pub mod altered;
 pub mod lacking;
 pub mod object;
 pub mod pace;
@@ -124,6 +125,8 @@ pub struct Recovery {
     throttling: Mutex<RecoveryThrottling>,
     /// Strips here that must not be joined to those of others.
     pub lacking: lacking::Lacking,
+    /// VDIs whose copies were altered lately.
+    pub altered: altered::Altered,
     gathered_path: PathBuf,
 }
 
@@ -141,6 +144,7 @@ impl Recovery {
             gathered: AtomicU32::new(gathered),
             throttling: Mutex::new(throttling),
             lacking: lacking::Lacking::default(),
+            altered: altered::Altered::open(base),
             gathered_path,
         };
         (recovery, receiver)
@@ -198,6 +202,7 @@ impl Recovery {
         }
         let Some(store) = &sheep.store else { return };
         sheep.intents.gathered(epoch);
+        tokio::task::block_in_place(|| self.altered.gathered(epoch));
         self.lacking.forget(epoch);
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
@@ -320,6 +325,7 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedR
         let mut current = sheep.recovery.current.lock();
         if current.as_ref().is_some_and(|c| Arc::ptr_eq(c, &active)) {
             *current = None;
+            sheep.recovery.altered.complete();
         }
         drop(current);
         active.replace(); // nobody waits for this round any more

@@ -6,6 +6,7 @@
 mod altered;
 mod bad_input;
 mod coded;
+mod coded_faults;
 mod convergence;
 mod disks;
 mod dog_backups;
@@ -16,6 +17,7 @@ mod drivers;
 mod durability;
 mod epochs;
 mod faults;
+mod homes;
 mod hosts;
 mod hyper;
 mod life;

@@ -265,9 +265,12 @@ impl Intents {
         }
     }
 
-    /// This process takes part from `epoch` on.
+    /// This process takes part from `epoch` on. Blocks for a disk write the first time: what the log does not tell of since then
+    /// was not written here, also if nothing was.
     pub fn note(&self, epoch: Epoch) {
-        let _ = self.since.compare_exchange(u32::MAX, epoch.0, Ordering::AcqRel, Ordering::Acquire);
+        if self.since.compare_exchange(u32::MAX, epoch.0, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.restart_log();
+        }
     }
 
     /// What the log is to hold.

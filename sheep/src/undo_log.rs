@@ -4,7 +4,8 @@
 //! Two files of the metadata directory, `strip_writes.0` and `strip_writes.1`, take turns. A file is a sequence of records;
 //! it begins with everything that is still of interest when it becomes the current one, closed by a `Complete` record, so the
 //! other one is not needed any more from then on. The current one is that of the highest generation which is complete. Files
-//! are filled with zeros once and written over and over, so that a flush changes no metadata of the file system.
+//! are filled with zeros once and written over and over, so that a flush changes no metadata of the file system. The first one is
+//! small: it says since when there is a log, and a node that never gets strips has no other.
 //!
 //! A record, little endian, 52 bytes and its payload:
 //!
@@ -44,6 +45,8 @@ const MAGIC: &[u8; 4] = b"SDUL";
 const HEADER: usize = 52;
 /// Bytes of a file; larger if more is of interest at once.
 const SEGMENT: u64 = 8 << 20;
+/// Bytes of the first file.
+const SMALL: u64 = 4096;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -230,7 +233,7 @@ impl UndoLog {
             self.usable()?;
             let mut bytes = record.encode(state.generation);
             if state.file.is_none() || state.at + bytes.len() as u64 > state.len {
-                self.begin(&mut state, all())?;
+                self.begin(&mut state, all(), SEGMENT)?;
                 bytes = record.encode(state.generation);
             }
             if let Some(file) = &state.file {
@@ -261,12 +264,12 @@ impl UndoLog {
         Ok(())
     }
 
-    /// Makes the other file the current one.
-    fn begin(&self, state: &mut State, records: Vec<Record>) -> io::Result<()> {
+    /// Makes the other file the current one, with a multiple of `unit` bytes.
+    fn begin(&self, state: &mut State, records: Vec<Record>, unit: u64) -> io::Result<()> {
         let (index, generation) = (1 - state.index, state.generation + 1);
         let all = records.iter().chain([&Record::Complete]);
         let bytes: Vec<u8> = all.flat_map(|record| record.encode(generation)).collect();
-        let len = SEGMENT.max((3 * bytes.len() as u64).next_multiple_of(SEGMENT));
+        let len = (3 * bytes.len() as u64).next_multiple_of(unit);
         let path = path(&self.base, index);
         let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path)?;
         let before = file.metadata()?.len();
@@ -290,12 +293,9 @@ impl UndoLog {
     /// Begins anew with `records` only.
     pub fn restart(&self, records: Vec<Record>) -> io::Result<()> {
         let mut state = self.state.lock();
-        // A node that never had strips has no log either.
-        if state.generation == 0 {
-            return Ok(());
-        }
         self.usable()?;
-        self.begin(&mut state, records)
+        let unit = if state.generation == 0 { SMALL } else { SEGMENT };
+        self.begin(&mut state, records, unit)
     }
 }
 

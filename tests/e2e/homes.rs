@@ -159,6 +159,29 @@ fn a_home_says_that_it_is_undecided_about_a_write_of_an_epoch_that_is_over() {
     cluster.assert_strips_agree(2, 1);
 }
 
+/// One home has a write, the others are away: too few strips are left to give the object to anybody. What is decided then would
+/// make their strips, which lack it, useless when they return.
+#[test]
+fn a_write_is_not_decided_about_while_too_few_strips_are_left() {
+    let mut cluster = Builder::new(4).erasure(2, 1).start();
+    let oid = Oid::data(created(&mut cluster, 1, |_| 1), 0);
+    let homes = cluster.homes(oid, 3);
+    must_write(&cluster, homes[0], write(oid, Some(0), 1, 1, STRIP), &[2; STRIP]);
+    // Both at once: neither tells that it lacks the write.
+    let away = [homes[1], homes[2]];
+    away.iter().for_each(|home| cluster.sigstop(*home));
+    away.iter().for_each(|home| cluster.kill9(*home));
+    cluster.wait_members(2);
+    cluster.wait_running();
+    // Time to be wrong in: whoever leads tries again at least once a second.
+    std::thread::sleep(Duration::from_secs(2));
+    away.iter().for_each(|home| cluster.start(*home));
+    cluster.wait_members(4);
+    cluster.wait_gathered();
+    assert_content(&mut cluster, oid, 1);
+    cluster.assert_strips_agree(2, 1);
+}
+
 /// A home that has not heard of a VDI yet would take a strip of it for a replica.
 #[test]
 fn strips_of_a_vdi_that_a_home_does_not_know_are_refused_there() {

@@ -516,7 +516,7 @@ impl Task {
         self.sheep.views.publish(view);
         self.sheep.gateway.arbiter.forget_other(epoch);
         if self.state.joined && epoch.0 > 0 {
-            self.sheep.intents.note(epoch);
+            tokio::task::block_in_place(|| self.sheep.intents.note(epoch));
         }
     }
 

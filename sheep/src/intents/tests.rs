@@ -113,6 +113,29 @@ fn after_a_restart_open_writes_of_strips_are_known() {
     assert!(again.all_settled());
 }
 
+/// Else its home would pass as one that does not know, and a write that it lacks would stand.
+#[test]
+fn what_never_came_to_a_node_is_known_to_be_absent_after_a_restart() {
+    for formatted in [false, true] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let first = intents(dir.path());
+        let since = if formatted { 1 } else { 3 };
+        if formatted {
+            first.clear();
+        }
+        first.note(Epoch(since));
+        let again = intents(dir.path());
+        again.note(Epoch(7));
+        assert_eq!(again.fate(Oid(3), ID, Epoch(since)), Fate::Absent);
+        assert_eq!(again.fate(Oid(3), ID, Epoch(since - 1)), Fate::Unknown);
+        let replica = Replica { oid: Oid(3), strip: Some(1) };
+        again.keep(replica, ID, Epoch(7), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+        let third = intents(dir.path());
+        assert_eq!(third.fate(Oid(3), ID, Epoch(7)), Fate::Applied);
+        assert_eq!(third.fate(Oid(3), WriteId { seq: 8, ..ID }, Epoch(since)), Fate::Absent);
+    }
+}
+
 #[tokio::test]
 async fn after_a_restart_what_is_logged_is_told_from_what_was_carried_out() {
     let dir = tempfile::tempdir().expect("temporary directory");

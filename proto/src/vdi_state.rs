@@ -33,6 +33,10 @@ wire! {
         8 => block_size_shift: u8,
         /// 1 = announced, but not in use: its inode was never finished. Nodes of the original always send 0.
         9 => announced_only: u8,
+        /// Fewest copies since all nodes had everything; 0 = they were not altered. Nodes of the original always send 0.
+        10 => least_copies: u8,
+        /// Most copies since then; 0 = they were not altered.
+        11 => most_copies: u8,
         /// What it was derived from; 0 = nothing.
         12 => parent_vid: VdiId,
         /// [`UNLOCKED`], [`LOCKED`] or [`SHARED`].

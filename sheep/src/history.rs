@@ -23,6 +23,8 @@ pub struct History {
     since: AtomicU32,
     /// The last epoch that this node took part in.
     current: AtomicU32,
+    /// How often a disk was lost.
+    losses: AtomicU32,
     /// Held while the file is replaced.
     writing: Mutex<()>,
 }
@@ -46,6 +48,7 @@ impl History {
             dir: dir.to_owned(),
             since: AtomicU32::new(UNKNOWN),
             current: AtomicU32::new(latest.0),
+            losses: AtomicU32::new(0),
             writing: Mutex::new(()),
         };
         if since != UNKNOWN {
@@ -75,8 +78,14 @@ impl History {
         self.set(epoch.0);
     }
 
+    /// How often [`History::lose`] was called in this process.
+    pub fn losses(&self) -> u32 {
+        self.losses.load(Ordering::Acquire)
+    }
+
     /// Objects are about to be lost (a disk): what is missing from now on proves nothing about the epochs up to now.
     pub fn lose(&self) {
+        self.losses.fetch_add(1, Ordering::AcqRel);
         let next = self.current.load(Ordering::Acquire).saturating_add(1);
         if self.since.load(Ordering::Acquire) < next {
             self.set(next);

@@ -37,7 +37,7 @@ const FILE: &str = "dirty_objects";
 const SLACK: usize = 4096;
 /// An object not written to for this long is at rest.
 const REST: Duration = Duration::from_secs(30);
-/// How long what was decided about a write is remembered: another home may ask.
+/// How long what was decided about a write is remembered when no home can be away that would ask.
 const REMEMBER: Duration = Duration::from_secs(600);
 /// So many gateways are remembered, the latest ones.
 const GATEWAYS: usize = 1024;
@@ -86,6 +86,15 @@ impl DoneWrites {
     fn has(&self, seq: u32) -> bool {
         up_to(seq, self.highest) && !self.open.contains(&seq)
     }
+
+    /// What was told may arrive in another order than it was sent: what is done stays done.
+    fn learn(&mut self, told: &DoneWrites) {
+        if self.highest == told.highest {
+            self.open.retain(|seq| told.open.contains(seq));
+        } else if up_to(self.highest, told.highest) {
+            *self = told.clone();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -94,6 +103,15 @@ struct Writer {
     done: DoneWrites,
     /// When it last told; `None` = never.
     told: Option<Instant>,
+}
+
+impl Writer {
+    fn tells(&mut self, told: &DoneWrites, now: Instant) {
+        match self.told.replace(now) {
+            None => self.done = told.clone(),
+            Some(_) => self.done.learn(told),
+        }
+    }
 }
 
 /// What became of a write of a strip.
@@ -247,9 +265,12 @@ impl Intents {
         }
     }
 
-    /// This process takes part from `epoch` on.
+    /// This process takes part from `epoch` on. Blocks for a disk write the first time: what the log does not tell of since then
+    /// was not written here, also if nothing was.
     pub fn note(&self, epoch: Epoch) {
-        let _ = self.since.compare_exchange(u32::MAX, epoch.0, Ordering::AcqRel, Ordering::Acquire);
+        if self.since.compare_exchange(u32::MAX, epoch.0, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.restart_log();
+        }
     }
 
     /// What the log is to hold.
@@ -389,10 +410,7 @@ impl Intents {
             let mut writers = self.writers.lock();
             let known = writers.entry(writer).or_default();
             known.live.retain(|seq, _| !told.has(*seq));
-            if known.told.is_none() || up_to(known.done.highest, highest) {
-                known.done = told.clone();
-            }
-            known.told = Some(now);
+            known.tells(&told, now);
             if let Some(silent) = writers.get_mut(&0) {
                 silent.live.retain(|_, live| now.duration_since(live.at) < UNTOLD);
             }
@@ -403,8 +421,9 @@ impl Intents {
             all.retain(|u| {
                 let keep = match u.fate {
                     Fate::Applied => !is_done(u.id),
-                    Fate::Loose => true, // until everybody has everything: Intents::forget_loose
-                    _ => now.duration_since(u.at) < REMEMBER,
+                    // Until everybody has everything: Intents::gathered.
+                    Fate::Loose => true,
+                    _ => u.over || now.duration_since(u.at) < REMEMBER,
                 };
                 forgotten |= !keep;
                 keep
@@ -434,7 +453,8 @@ impl Intents {
                 }
             }
         }
-        for (oid, all) in self.undo.lock().iter() {
+        for (oid, all) in self.undo.lock().iter_mut() {
+            all.iter_mut().for_each(|u| u.over = true);
             if has_open(all) {
                 add(*oid, u64::MAX);
             }
@@ -482,6 +502,17 @@ impl Intents {
             left.remembered = false;
         }
         self.nr_unsettled.store(unsettled.len(), Ordering::Release);
+    }
+
+    /// Another node says that all homes of the object are equal. `false` = it is still open here of writes of it whether they
+    /// stand, which may yet be undone: nobody may write over them before.
+    #[must_use]
+    pub fn equal_elsewhere(&self, oid: Oid) -> bool {
+        let decided = self.open_writes(oid).is_empty();
+        if decided {
+            self.settled(oid);
+        }
+        decided
     }
 
     /// All homes of the object are equal again.

@@ -283,7 +283,7 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     }
     let epoch = if recovering { body.tgt_epoch } else { request.epoch };
     let wanted = recovering || request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
-    if !wanted || epoch == Epoch(0) {
+    if !wanted || (epoch == Epoch(0) && !recovering) {
         // Between epochs objects are on their way to the stale area: that is not "none".
         let between = !recovering && sheep.gate.enter(request.epoch).is_none();
         return Err(if between { ResultCode::OLD_NODE_VER } else { ResultCode::NO_OBJ });

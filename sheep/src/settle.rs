@@ -152,8 +152,12 @@ async fn release(
     for home in homes.iter().filter(|h| **h != sheep.me) {
         ask_to_pull(sheep, *home, oid, 0, source, epoch).await?;
     }
-    sheep.intents.settled(oid);
-    Ok(())
+    equal(sheep, oid)
+}
+
+/// All homes are equal: this one serves the object again.
+fn equal(sheep: &Arc<Sheep>, oid: Oid) -> Result<(), ResultCode> {
+    if sheep.intents.equal_elsewhere(oid) { Ok(()) } else { Err(ResultCode::AGAIN) }
 }
 
 /// Waits until this node's replica of `oid` is recovered, if it is to be.
@@ -227,8 +231,7 @@ pub async fn follow(
 ) -> Result<(), ResultCode> {
     member_at(sheep, epoch).await?;
     if regions == 0 {
-        sheep.intents.settled(oid);
-        return Ok(());
+        return equal(sheep, oid);
     }
     sheep.intents.unsettle(oid, regions);
     pull(sheep, oid, regions, source, epoch).await
@@ -522,8 +525,8 @@ async fn settle_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(),
     or_without(ask(sheep, leader, body, Bytes::new(), epoch, SETTLE_DEADLINE).await)
 }
 
-/// The first home: computes parity from the data strips and replaces what does not fit. All strips must be there; what is
-/// being written at this moment is left alone, as it is written on all strips.
+/// The first home: computes parity from the data strips and replaces what does not fit. All strips that have a home must be
+/// there; what is being written at this moment is left alone, as it is written on all strips.
 pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(), ResultCode> {
     let _alone = sheep.intents.leading.turn(oid, 0..1, true).await;
     let view = member_at(sheep, epoch).await?;
@@ -531,7 +534,7 @@ pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(
     let homes: Vec<NodeId> = view.ring.nodes_of(oid, code.strips()).map(|n| n.nid).collect();
     let (_, size) = sheep.named_replica(oid, 0, &view);
     let unit = STRIPE / code.data_strips();
-    if homes.len() == code.strips() && !sheep.intents.is_mended(oid, epoch) {
+    if homes.len() > code.data_strips() && !sheep.intents.is_mended(oid, epoch) {
         for offset in (0..size).step_by(STRIP_STEP as usize) {
             let len = (size - offset).min(STRIP_STEP) as usize;
             let read =
@@ -545,8 +548,8 @@ pub async fn mend_parity(sheep: &Arc<Sheep>, oid: Oid, epoch: Epoch) -> Result<(
             };
             let data = strips[..code.data_strips()].iter().cloned().enumerate().collect();
             let object = assemble(code, data, len * code.data_strips()).map_err(|f| f.code)?;
-            let fitting = encode(code, &object, code.strips()).map_err(|f| f.code)?;
-            for index in code.data_strips()..code.strips() {
+            let fitting = encode(code, &object, homes.len()).map_err(|f| f.code)?;
+            for index in code.data_strips()..homes.len() {
                 for range in differences(&strips[index], &fitting[index], unit) {
                     tracing::info!("{oid}: strip {index} is made to fit at {}", offset + range.start as u64);
                     let at = offset + range.start as u64;
@@ -707,16 +710,16 @@ pub async fn decide(
     let view = member_at(sheep, epoch).await?;
     let Some(store) = sheep.store.as_ref() else { return Ok(()) };
     let _pass = sheep.gate.enter(epoch).ok_or(ResultCode::OLD_NODE_VER)?;
-    for id in ids {
-        if fate != Fate::Undone && !sheep.intents.is_torn(oid, *id, written) {
-            note_decision(sheep, oid, *id, written, fate)?;
+    for id in sheep.intents.newest_first(oid, ids, written) {
+        if fate != Fate::Undone && !sheep.intents.is_torn(oid, id, written) {
+            note_decision(sheep, oid, id, written, fate)?;
             continue;
         }
         if fate != Fate::Undone {
             // It stands without this home, which was away by then.
             sheep.recovery.lacking.note(oid, written);
         }
-        for (replica, offset, old) in sheep.intents.to_undo(oid, *id, written) {
+        for (replica, offset, old) in sheep.intents.to_undo(oid, id, written) {
             let (_, size) = sheep.named_replica(oid, replica.strip.unwrap_or(0), &view);
             let undone = match store.write(replica, size, offset, old.clone()).await {
                 // Since then it has been moved to the stale area, where recovery may read it.
@@ -739,7 +742,7 @@ pub async fn decide(
                 Err(error) => return Err(fault(sheep, &error)),
             }
         }
-        note_decision(sheep, oid, *id, written, Fate::Undone)?;
+        note_decision(sheep, oid, id, written, Fate::Undone)?;
     }
     if sheep.intents.open_writes(oid).is_empty() && !sheep.intents.is_remembered(oid) {
         sheep.intents.settled(oid);

@@ -4,7 +4,8 @@
 //! Two files of the metadata directory, `strip_writes.0` and `strip_writes.1`, take turns. A file is a sequence of records;
 //! it begins with everything that is still of interest when it becomes the current one, closed by a `Complete` record, so the
 //! other one is not needed any more from then on. The current one is that of the highest generation which is complete. Files
-//! are filled with zeros once and written over and over, so that a flush changes no metadata of the file system.
+//! are filled with zeros once and written over and over, so that a flush changes no metadata of the file system. The first one is
+//! small: it says since when there is a log, and a node that never gets strips has no other.
 //!
 //! A record, little endian, 52 bytes and its payload:
 //!
@@ -32,6 +33,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -43,6 +45,8 @@ const MAGIC: &[u8; 4] = b"SDUL";
 const HEADER: usize = 52;
 /// Bytes of a file; larger if more is of interest at once.
 const SEGMENT: u64 = 8 << 20;
+/// Bytes of the first file.
+const SMALL: u64 = 4096;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,6 +186,8 @@ pub struct UndoLog {
     state: Mutex<State>,
     /// `appended` of what is on disk.
     synced: Mutex<u64>,
+    /// A flush failed. The kernel tells that once and takes the pages for clean: a later flush would succeed without them.
+    failed: AtomicBool,
 }
 
 impl UndoLog {
@@ -199,17 +205,35 @@ impl UndoLog {
                 found = Some(records);
             }
         }
-        (UndoLog { base: base.to_owned(), durable, state: Mutex::new(state), synced: Mutex::new(0) }, found)
+        let (state, synced) = (Mutex::new(state), Mutex::new(0));
+        (UndoLog { base: base.to_owned(), durable, state, synced, failed: AtomicBool::new(false) }, found)
+    }
+
+    /// Fails from the first failed flush on: from then on nobody knows what is on disk.
+    fn usable(&self) -> io::Result<()> {
+        match self.failed.load(Ordering::Acquire) {
+            true => Err(io::Error::other("the log of writes of strips could not be flushed before")),
+            false => Ok(()),
+        }
+    }
+
+    /// The result of a flush, whatever its reason an error of the metadata directory.
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        result.map_err(|error| {
+            self.failed.store(true, Ordering::Release);
+            io::Error::other(format!("the log of writes of strips cannot be flushed: {error}"))
+        })
     }
 
     /// Adds a record. `all` gives what is of interest now, this record included; it is called when a file is full. `flush`:
-    /// returns when the record survives a power cut.
+    /// returns when the record survives a power cut. Once a flush has failed, so does everything.
     pub fn append(&self, record: &Record, flush: bool, all: impl FnOnce() -> Vec<Record>) -> io::Result<()> {
         let mine = {
             let mut state = self.state.lock();
+            self.usable()?;
             let mut bytes = record.encode(state.generation);
             if state.file.is_none() || state.at + bytes.len() as u64 > state.len {
-                self.begin(&mut state, all())?;
+                self.begin(&mut state, all(), SEGMENT)?;
                 bytes = record.encode(state.generation);
             }
             if let Some(file) = &state.file {
@@ -228,23 +252,24 @@ impl UndoLog {
         if *synced >= mine {
             return Ok(());
         }
+        self.usable()?;
         let (file, upto) = {
             let state = self.state.lock();
             (state.file.clone(), state.appended)
         };
         if let Some(file) = file {
-            file.sync_data()?;
+            self.flushed(file.sync_data())?;
         }
         *synced = upto;
         Ok(())
     }
 
-    /// Makes the other file the current one.
-    fn begin(&self, state: &mut State, records: Vec<Record>) -> io::Result<()> {
+    /// Makes the other file the current one, with a multiple of `unit` bytes.
+    fn begin(&self, state: &mut State, records: Vec<Record>, unit: u64) -> io::Result<()> {
         let (index, generation) = (1 - state.index, state.generation + 1);
         let all = records.iter().chain([&Record::Complete]);
         let bytes: Vec<u8> = all.flat_map(|record| record.encode(generation)).collect();
-        let len = SEGMENT.max((3 * bytes.len() as u64).next_multiple_of(SEGMENT));
+        let len = (3 * bytes.len() as u64).next_multiple_of(unit);
         let path = path(&self.base, index);
         let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path)?;
         let before = file.metadata()?.len();
@@ -258,8 +283,7 @@ impl UndoLog {
         }
         file.write_all_at(&bytes, 0)?;
         if self.durable {
-            file.sync_all()?;
-            File::open(&self.base)?.sync_all()?;
+            self.flushed(file.sync_all().and_then(|()| File::open(&self.base)?.sync_all()))?;
         }
         let at = bytes.len() as u64;
         *state = State { file: Some(Arc::new(file)), index, generation, at, len, appended: state.appended };
@@ -269,8 +293,9 @@ impl UndoLog {
     /// Begins anew with `records` only.
     pub fn restart(&self, records: Vec<Record>) -> io::Result<()> {
         let mut state = self.state.lock();
-        // A node that never had strips has no log either.
-        if state.generation == 0 { Ok(()) } else { self.begin(&mut state, records) }
+        self.usable()?;
+        let unit = if state.generation == 0 { SMALL } else { SEGMENT };
+        self.begin(&mut state, records, unit)
     }
 }
 
@@ -358,6 +383,38 @@ mod tests {
         bytes[2 * HEADER + 8 + HEADER + 3] ^= 1;
         std::fs::write(&file, bytes).expect("write");
         assert_eq!(records(dir.path()), Some(vec![Record::Complete, write(1, 8)]));
+    }
+
+    #[test]
+    fn after_a_failed_flush_nothing_is_taken_for_durable() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        // Can be written to, but not flushed.
+        let unflushable = || OpenOptions::new().write(true).open("/dev/null").expect("opened");
+        let (log, _) = UndoLog::open(dir.path(), true);
+        log.append(&write(1, 8), true, Vec::new).expect("appended");
+        let good = log.state.lock().file.replace(Arc::new(unflushable()));
+        log.append(&write(2, 8), false, Vec::new).expect("nobody waits for it to be durable");
+        let error = log.append(&write(3, 8), true, Vec::new).expect_err("cannot be flushed");
+        assert_eq!(error.kind(), io::ErrorKind::Other, "whatever it was, the directory is not to be used");
+        // The next flush would succeed.
+        log.state.lock().file = good;
+        for flush in [true, false] {
+            log.append(&write(4, 8), flush, Vec::new).expect_err("was not durable before");
+        }
+        log.restart(Vec::new()).expect_err("as little");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_flushed_when_it_is_begun_ends_the_log() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (log, _) = UndoLog::open(dir.path(), true);
+        log.append(&write(1, 8), true, Vec::new).expect("appended");
+        let other = path(dir.path(), 1 - log.state.lock().index);
+        std::os::unix::fs::symlink("/dev/null", &other).expect("linked");
+        log.restart(vec![write(2, 8)]).expect_err("cannot be flushed");
+        std::fs::remove_file(&other).expect("removed");
+        // Part of the new file may be on disk all the same: it would hide what is added to the old one.
+        log.append(&write(3, 8), true, Vec::new).expect_err("which is current is not known");
     }
 
     proptest::proptest! {

@@ -3,8 +3,10 @@
 //! Build the programs first (`cargo build -p sheep -p dog` with the profile of the tests; `scripts/test` does all of
 //! it). Each test starts its own cluster in its own directory; nothing is shared, so they run in parallel.
 
+mod altered;
 mod bad_input;
 mod coded;
+mod coded_faults;
 mod convergence;
 mod disks;
 mod dog_backups;
@@ -16,6 +18,7 @@ mod early;
 mod durability;
 mod epochs;
 mod faults;
+mod homes;
 mod hosts;
 mod hyper;
 mod life;

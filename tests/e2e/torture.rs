@@ -1,5 +1,6 @@
 //! Everything at once: writers that verify, over replicated and erasure-coded VDIs, against kills, freezes, restarts, joins,
-//! lost disks and disks that are plugged and unplugged (spec 06, 14.2 P1 and P4).
+//! lost disks, also while a node is frozen, disks that are plugged and unplugged, and copies that are altered (spec 06, 14.2
+//! P1 and P4).
 //!
 //! `SHEEPDOG_TORTURE_SECONDS` sets how long the faults last (10 by default, `scripts/torture` sets more),
 //! `SHEEPDOG_TORTURE_SEED` their order, `SHEEPDOG_TORTURE_LOG=debug` the level of the
@@ -12,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use sheepdog_proto::header::VdiRequest;
-use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, VdiId};
+use sheepdog_proto::header::{VdiRequest, VdiStateRequest};
+use sheepdog_proto::{CopyPolicy, Flags, Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::load::{Load, Region, SLOT, Summary};
 use sheepdog_testkit::{Builder, Cluster, disk, wait};
 
@@ -61,10 +62,12 @@ enum Fault {
     Restart,
     Join,
     LoseDisk,
+    FreezeAndLoseDisk,
     SwapDisk,
+    AlterCopies,
 }
 
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 15] = [
     Fault::Kill,
     Fault::Kill,
     Fault::Kill,
@@ -76,7 +79,10 @@ const FAULTS: [Fault; 12] = [
     Fault::Restart,
     Fault::Join,
     Fault::LoseDisk,
+    Fault::FreezeAndLoseDisk,
     Fault::SwapDisk,
+    Fault::AlterCopies,
+    Fault::AlterCopies,
 ];
 
 struct Torture {
@@ -84,6 +90,8 @@ struct Torture {
     random: SmallRng,
     load: Load,
     disks: u32,
+    /// The replicated VDI.
+    plain: VdiId,
 }
 
 impl Torture {
@@ -155,15 +163,25 @@ impl Torture {
             Fault::LoseDisk => {
                 self.complete();
                 let node = self.victim();
-                let disk = self.cluster.nodes[node].disks[1].clone();
-                disk::remove(&disk);
-                let line = format!("removed disk {}", disk.display());
-                let told = |c: &Cluster| c.nodes[node].log().matches(&line).count();
-                let before = self.disks;
-                self.disks += 1;
-                wait("the loss to be noticed", || told(&self.cluster) > 0);
+                self.lose_disk(node);
+                self.replace_lost_disk(node);
+            }
+            Fault::FreezeAndLoseDisk => {
                 self.complete();
-                self.plug_another(node, before);
+                let (node, frozen) = (self.victim(), self.victim());
+                // Either may be first: what is frozen has requests of before in its sockets.
+                let freeze_first = self.random.random();
+                if freeze_first {
+                    self.cluster.sigstop(frozen);
+                }
+                self.lose_disk(node);
+                if !freeze_first {
+                    self.cluster.sigstop(frozen);
+                }
+                let patience = self.millis(100..2000);
+                self.work(u64::MAX / 2, patience);
+                self.cluster.sigcont(frozen);
+                self.replace_lost_disk(node);
             }
             Fault::SwapDisk => {
                 self.cluster.wait_running();
@@ -176,7 +194,54 @@ impl Torture {
                 wait(&line, || self.cluster.nodes[node].log().contains(&line));
                 self.plug_another(node, number);
             }
+            Fault::AlterCopies => {
+                self.alter_copies(COPIES - 1);
+                let patience = self.millis(0..1000);
+                self.work(100, patience);
+                let killed = self.random.random::<bool>().then(|| self.victim());
+                if let Some(node) = killed {
+                    self.cluster.kill9(node);
+                    let patience = self.millis(0..1000);
+                    self.work(100, patience);
+                }
+                self.alter_copies(COPIES);
+                if let Some(node) = killed {
+                    self.cluster.start(node);
+                }
+            }
         }
+    }
+
+    /// As `dog vdi alter-copy` does, whatever is being recovered.
+    fn alter_copies(&mut self, copies: u8) {
+        self.cluster.wait_running();
+        let mut client = self.cluster.client();
+        let nr_copies_at = 554;
+        let written = client.write_obj(Oid::inode(self.plain), nr_copies_at, &[copies]);
+        assert_eq!(written.expect("an answer"), ResultCode::SUCCESS);
+        let shift = 22;
+        let body = VdiStateRequest {
+            new_vid: self.plain,
+            copies,
+            block_size_shift: shift,
+            ..VdiStateRequest::zeroed()
+        };
+        let request = Request::new(Opcode::ALTER_VDI_COPY).with_vdi_state(body);
+        assert_eq!(client.must(request, &[]).0.result, ResultCode::SUCCESS);
+    }
+
+    fn lose_disk(&mut self, node: usize) {
+        disk::remove(&self.cluster.nodes[node].disks[1]);
+    }
+
+    /// Waits until the node has noticed, and gives it a fresh one when everything is back.
+    fn replace_lost_disk(&mut self, node: usize) {
+        let line = format!("removed disk {}", self.cluster.nodes[node].disks[1].display());
+        wait("the loss to be noticed", || self.cluster.nodes[node].log().contains(&line));
+        self.complete();
+        let number = self.disks;
+        self.disks += 1;
+        self.plug_another(node, number);
     }
 
     /// A fresh disk in the place of the node's second one, for the next starts, too.
@@ -211,7 +276,7 @@ fn everything_at_once_loses_nothing() {
     regions.iter_mut().for_each(|r| r.settle(&mut client));
     let ports = cluster.nodes[..SPARE].iter().map(|n| n.port).collect();
     let load = Load::start(regions, ports, random.random());
-    let mut torture = Torture { cluster, random, load, disks: 0 };
+    let mut torture = Torture { cluster, random, load, disks: 0, plain };
     torture.work(200, Duration::from_secs(30));
     let (end, mut faults) = (Instant::now() + duration, 0);
     while Instant::now() < end {

@@ -382,7 +382,15 @@ pub fn alter_vdi_copy<'a>(
             Some(vdi) if vdi.copy_policy != 0 => return ResultCode::INVALID_PARMS,
             // A node whose table is on its way gets the entry with it.
             None if task.sheep.tables_are_here() => return ResultCode::NO_VDI,
-            Some(_) | None => {}
+            None => {}
+            Some(vdi) => {
+                let (sheep, epoch) = (&task.sheep, task.state.epoch());
+                let (has_all, losses) = (sheep.recovery.is_idle(), sheep.history.losses());
+                tokio::task::block_in_place(|| {
+                    let altered = &sheep.recovery.altered;
+                    altered.note(body.new_vid, vdi.nr_copies, body.copies, epoch, has_all, losses);
+                });
+            }
         }
         task.sheep.vdis.alter_copies(body.new_vid, body.copies, body.block_size_shift);
         let actions = task.state.copies_altered();

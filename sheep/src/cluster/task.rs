@@ -518,7 +518,7 @@ impl Task {
         self.sheep.views.publish(view);
         self.sheep.gateway.arbiter.forget_other(epoch);
         if self.state.joined && epoch.0 > 0 {
-            self.sheep.intents.note(epoch);
+            tokio::task::block_in_place(|| self.sheep.intents.note(epoch));
         }
     }
 
@@ -555,6 +555,7 @@ impl Task {
         self.sheep.tombstones.clear();
         self.sheep.recovery.lacking.clear();
         self.sheep.early.clear();
+        tokio::task::block_in_place(|| self.sheep.recovery.altered.clear());
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store {
             let layout = start::driver(&self.sheep.meta, &self.state.config.default_store);

@@ -139,6 +139,10 @@ async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
         match fetch_once(sheep, node).await {
             Ok(records) => {
                 records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
+                let epoch = sheep.views.epoch();
+                tokio::task::block_in_place(|| {
+                    records.iter().for_each(|r| sheep.recovery.altered.learn(r, epoch));
+                });
                 return;
             }
             Err(error) => {

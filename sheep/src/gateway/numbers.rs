@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sheepdog_proto::header::{OrderRequest, order};
-use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
+use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, Response, ResultCode};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -194,6 +194,13 @@ impl State {
         }
     }
 
+    /// Writes that were abandoned long ago, in an epoch that is over.
+    fn forgettable(&self, now: Instant, epoch: Epoch) -> Vec<u32> {
+        let old =
+            |(at, of, _): &&(Instant, Epoch, u32)| now.duration_since(*at) >= FORGET_AFTER && *of != epoch;
+        self.abandoned.iter().filter(old).map(|(.., seq)| *seq).collect()
+    }
+
     fn end(&mut self, seq: u32) {
         self.outstanding.remove(&seq);
         self.succeeded.remove(&seq);
@@ -230,12 +237,7 @@ impl Numbers {
 
     /// Writes that were abandoned long ago, in an epoch that is over.
     fn forgettable(&self, view: &View) -> Vec<u32> {
-        let now = Instant::now();
-        let state = self.state.lock();
-        let old = |(at, epoch, _): &&(Instant, Epoch, u32)| {
-            now.duration_since(*at) >= FORGET_AFTER && *epoch != view.epoch
-        };
-        state.abandoned.iter().filter(old).map(|(.., seq)| *seq).collect()
+        self.state.lock().forgettable(Instant::now(), view.epoch)
     }
 
     fn forget(&self, view: &View, seqs: &[u32]) {
@@ -250,6 +252,14 @@ impl Numbers {
         let state = self.state.lock();
         let homes = state.untold.iter().map(|(node, mark)| (*node, *mark)).collect();
         (state.last, state.outstanding.iter().copied().collect(), homes)
+    }
+}
+
+/// Whether a member says that it has nothing of this gateway that is not settled. One of the original never has.
+fn nothing_undecided(response: &Response) -> bool {
+    match response.result {
+        ResultCode::INVALID_PARMS => true,
+        code => code.is_ok() && response.order().verdict == 0,
     }
 }
 
@@ -268,12 +278,9 @@ async fn forget(sheep: &Arc<Sheep>) {
         let payload = payload.clone();
         async move { sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await }
     });
-    let settled = join_all(answers).await.into_iter().all(|answer| {
-        answer.is_ok_and(|reply| match reply.response.result {
-            ResultCode::INVALID_PARMS => true,
-            code => code.is_ok() && reply.response.order().verdict == 0,
-        })
-    });
+    let answers = join_all(answers).await;
+    let settled =
+        answers.into_iter().all(|answer| answer.is_ok_and(|reply| nothing_undecided(&reply.response)));
     if settled && sheep.views.epoch() == view.epoch {
         numbers.forget(&view, &old);
     }
@@ -341,6 +348,8 @@ fn tell(sheep: &Arc<Sheep>) -> Vec<JoinHandle<()>> {
 
 #[cfg(test)]
 mod tests {
+    use sheepdog_proto::header::OrderResponse;
+
     use super::*;
 
     #[test]
@@ -376,5 +385,23 @@ mod tests {
         assert_eq!(state.outcome(5, Epoch(7)), Outcome::Acknowledged);
         state.end(5);
         assert_eq!(state.outcome(5, Epoch(7)), Outcome::Acknowledged);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_abandoned_is_forgotten_late_and_when_nobody_is_undecided_about_it() {
+        let begun = Instant::now();
+        let state = State { abandoned: vec![(begun, Epoch(4), 7)], ..State::default() };
+        assert!(state.forgettable(begun + FORGET_AFTER / 2, Epoch(5)).is_empty());
+        assert!(state.forgettable(begun + FORGET_AFTER, Epoch(4)).is_empty(), "the epoch goes on");
+        assert_eq!(state.forgettable(begun + FORGET_AFTER, Epoch(5)), [7]);
+
+        let answer = |verdict, code| {
+            let response = Response::to(&Request::new(Opcode::ORDER_PEER), code);
+            response.with_order(OrderResponse { verdict, ..OrderResponse::zeroed() })
+        };
+        assert!(nothing_undecided(&answer(0, ResultCode::SUCCESS)));
+        assert!(!nothing_undecided(&answer(1, ResultCode::SUCCESS)));
+        assert!(!nothing_undecided(&answer(0, ResultCode::KILLED)));
+        assert!(nothing_undecided(&answer(0, ResultCode::INVALID_PARMS)), "the original remembers nothing");
     }
 }

@@ -114,6 +114,12 @@ pub(super) async fn conclude(
     }
 }
 
+/// Whether an attempt in epoch `sent` may be taken back by its gateway. Not in another one: there homes know nothing of it,
+/// would agree to everything, and be told that it is done while some have it.
+fn may_take_back(sent: Epoch, now: Epoch, status: ClusterStatus) -> bool {
+    sent == now && status != ClusterStatus::Killed
+}
+
 /// Takes an attempt at a write that failed back where it is. The caller still holds its turn, and keeps it until that is
 /// done: undone later, it would undo newer writes of the same bytes. `false` = it stays in doubt, and the end of the epoch
 /// settles it.
@@ -123,7 +129,7 @@ pub(super) async fn take_back(sheep: &Arc<Sheep>, oid: Oid, op: &Op, number: &Nu
     let mut complained = false;
     loop {
         let view = sheep.views.load();
-        if view.epoch != epoch || view.status == ClusterStatus::Killed {
+        if !may_take_back(epoch, view.epoch, view.status) {
             return false;
         }
         let kept = sheep.redundancy(oid.vid(), &view);
@@ -268,5 +274,17 @@ impl Gateway {
             replicas::fan_out(sheep, &view, request, Bytes::new(), kept.copies).await
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_is_taken_back_in_its_own_epoch_only() {
+        assert!(may_take_back(Epoch(4), Epoch(4), ClusterStatus::Ok));
+        assert!(!may_take_back(Epoch(4), Epoch(5), ClusterStatus::Ok));
+        assert!(!may_take_back(Epoch(4), Epoch(4), ClusterStatus::Killed));
     }
 }

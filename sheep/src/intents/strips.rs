@@ -30,6 +30,8 @@ pub(super) struct Undo {
     pub(super) torn: bool,
     /// Sent once more since: it is not done without this home.
     pub(super) again: bool,
+    /// Its epoch is over, and not everybody has recovered a later one: who was away may ask for it.
+    pub(super) over: bool,
     pub(super) at: Instant,
 }
 
@@ -212,6 +214,7 @@ impl Logged {
                             fate,
                             torn,
                             again: false,
+                            over: true,
                             at: now,
                         });
                     }
@@ -232,8 +235,7 @@ impl Logged {
                     let done = |id: WriteId| id.writer == writer && told.has(id.seq);
                     out.undo.values_mut().for_each(|all| all.retain(|u| !u.is_open() || !done(u.id)));
                     out.announced.retain(|id, _| !done(*id));
-                    let known = Writer { done: told, told: Some(now), ..Writer::default() };
-                    out.writers.insert(writer, known);
+                    out.writers.entry(writer).or_default().tells(&told, now);
                 }
                 Record::Since(epoch) => out.since = epoch.0,
                 Record::Complete => {}
@@ -263,17 +265,28 @@ impl Intents {
         let new = crc32fast::hash(data);
         let (fate, torn, at) = (Fate::Applied, false, Instant::now());
         let len = old.len() as u64;
-        let undo = Undo { id, epoch, strip, offset, len, old, new, fate, torn, again: false, at };
+        let (again, over) = (false, false);
+        let undo = Undo { id, epoch, strip, offset, len, old, new, fate, torn, again, over, at };
         let record = undo.write(oid);
         self.undo.lock().entry(oid).or_default().push(undo);
         let logged = self.log.append(&record, true, || self.logged());
-        if logged.is_err()
-            && let Some(all) = self.undo.lock().get_mut(&oid)
-        {
-            // It is as before: the same bytes written back would be no harm either.
-            all.pop_if(|u| u.id == id && u.epoch == epoch);
+        if logged.is_err() {
+            self.not_kept(oid, id, epoch, offset);
         }
         logged
+    }
+
+    /// The last part that [`Intents::keep`] remembers of a write is not written. Others may have been remembered since.
+    pub(super) fn not_kept(&self, oid: Oid, id: WriteId, epoch: Epoch, offset: u64) {
+        let mut undo = self.undo.lock();
+        let Some(all) = undo.get_mut(&oid) else { return };
+        let this = |u: &Undo| (u.id, u.epoch, u.offset) == (id, epoch, offset);
+        if let Some(at) = all.iter().rposition(this) {
+            all.remove(at);
+        }
+        if all.is_empty() {
+            undo.remove(&oid);
+        }
     }
 
     /// A write is about to be sent to all homes of strips, of which this node is one. If it dies before its own strip is
@@ -408,12 +421,25 @@ impl Intents {
         out
     }
 
-    /// All members have every object of `epoch`: what was kept loosely before will not be asked for.
-    pub fn forget_loose(&self, epoch: Epoch) {
+    /// All members have every object of `epoch`: what was decided about writes of before will not be asked for.
+    pub fn gathered(&self, epoch: Epoch) {
         self.undo.lock().retain(|_, all| {
             all.retain(|u| u.fate != Fate::Loose || !u.epoch.is_before(epoch));
+            let old = all.iter_mut().filter(|u| u.epoch.is_before(epoch));
+            old.for_each(|u| u.over = false);
             !all.is_empty()
         });
+    }
+
+    /// These writes of `epoch` in the order in which they are undone: the newest here first, as the bytes that it replaced are
+    /// those that the one before wrote.
+    pub fn newest_first(&self, oid: Oid, ids: &[WriteId], epoch: Epoch) -> Vec<WriteId> {
+        let undo = self.undo.lock();
+        let all = undo.get(&oid).map_or(&[][..], |all| all);
+        let place = |id: &WriteId| all.iter().rposition(|u| u.id == *id && u.epoch == epoch);
+        let mut ids = ids.to_vec();
+        ids.sort_by_key(|id| std::cmp::Reverse(place(id)));
+        ids
     }
 
     /// Whether the decision about a write of `epoch` may wait for homes that are away: not longer than `limit`.

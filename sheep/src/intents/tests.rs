@@ -113,6 +113,29 @@ fn after_a_restart_open_writes_of_strips_are_known() {
     assert!(again.all_settled());
 }
 
+/// Else its home would pass as one that does not know, and a write that it lacks would stand.
+#[test]
+fn what_never_came_to_a_node_is_known_to_be_absent_after_a_restart() {
+    for formatted in [false, true] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let first = intents(dir.path());
+        let since = if formatted { 1 } else { 3 };
+        if formatted {
+            first.clear();
+        }
+        first.note(Epoch(since));
+        let again = intents(dir.path());
+        again.note(Epoch(7));
+        assert_eq!(again.fate(Oid(3), ID, Epoch(since)), Fate::Absent);
+        assert_eq!(again.fate(Oid(3), ID, Epoch(since - 1)), Fate::Unknown);
+        let replica = Replica { oid: Oid(3), strip: Some(1) };
+        again.keep(replica, ID, Epoch(7), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+        let third = intents(dir.path());
+        assert_eq!(third.fate(Oid(3), ID, Epoch(7)), Fate::Applied);
+        assert_eq!(third.fate(Oid(3), WriteId { seq: 8, ..ID }, Epoch(since)), Fate::Absent);
+    }
+}
+
 #[tokio::test]
 async fn after_a_restart_what_is_logged_is_told_from_what_was_carried_out() {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -201,9 +224,9 @@ fn writes_kept_loosely_are_told_until_everybody_has_everything() {
     again.done(9, 100, &[]);
     assert_eq!(again.loose(), [(Oid(3), Epoch(4), ID)]);
     assert!(again.open_writes(Oid(3)).is_empty());
-    again.forget_loose(Epoch(4));
+    again.gathered(Epoch(4));
     assert_eq!(again.loose().len(), 1);
-    again.forget_loose(Epoch(5));
+    again.gathered(Epoch(5));
     assert!(again.loose().is_empty());
 }
 
@@ -233,4 +256,114 @@ fn what_is_left_out_of_a_strip_is_told_in_short() {
     let answer = Response::to(&Request::new(Opcode::READ_PEER), ResultCode::SUCCESS);
     assert_eq!(LeftOut::marked(&answer), LeftOut::default(), "others leave it zero");
     assert_eq!(LeftOut::marked(&LeftOut::of(&ids).mark(answer)), LeftOut::of(&ids));
+}
+
+#[test]
+fn what_is_done_stays_done_in_whatever_order_it_is_told() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    intents.note(Epoch(2));
+    let replica = Replica { oid: Oid(3), strip: Some(1) };
+    let ids = [4, 5, 6].map(|seq| WriteId { seq, ..ID });
+    for id in ids {
+        intents.keep(replica, id, Epoch(4), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+    }
+    // Each was overtaken by the one after it.
+    intents.done(ID.writer, 6, &[6]);
+    intents.done(ID.writer, 6, &[5, 6]);
+    intents.done(ID.writer, 5, &[4]);
+    let fates = |of: &Intents| ids.map(|id| of.fate(Oid(3), id, Epoch(4)));
+    assert_eq!(fates(&intents), [Fate::Done, Fate::Done, Fate::Applied]);
+    assert_eq!(fates(&super::tests::intents(dir.path())), [Fate::Done, Fate::Done, Fate::Applied]);
+    intents.done(ID.writer, 7, &[7]);
+    assert_eq!(fates(&intents), [Fate::Done; 3]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_decided_is_remembered_as_long_as_somebody_may_ask() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    intents.note(Epoch(2));
+    let replica = Replica { oid: Oid(3), strip: Some(1) };
+    let ids = [4, 5, 6].map(|seq| WriteId { seq, ..ID });
+    let [kept, undone, of_this_epoch] = ids;
+    for (id, epoch) in [(kept, 4), (undone, 4)] {
+        intents.keep(replica, id, Epoch(epoch), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+    }
+    intents.epoch_ends();
+    intents.decided(Oid(3), kept, Epoch(4), Fate::Kept).expect("logged");
+    intents.decided(Oid(3), undone, Epoch(4), Fate::Undone).expect("logged");
+    intents.keep(replica, of_this_epoch, Epoch(5), 0, Bytes::new(), b"new").expect("logged");
+    intents.decided(Oid(3), of_this_epoch, Epoch(5), Fate::Undone).expect("logged");
+    let fates =
+        || [(kept, 4), (undone, 4), (of_this_epoch, 5)].map(|(id, e)| intents.fate(Oid(3), id, Epoch(e)));
+    let later = || async {
+        tokio::time::advance(2 * REMEMBER).await;
+        intents.done(77, 1, &[]); // another gateway
+    };
+    later().await;
+    assert_eq!(fates(), [Fate::Kept, Fate::Undone, Fate::Absent]);
+    intents.gathered(Epoch(4));
+    later().await;
+    assert_eq!(
+        fates(),
+        [Fate::Kept, Fate::Undone, Fate::Absent],
+        "of that epoch itself strips are asked for"
+    );
+    intents.gathered(Epoch(5));
+    later().await;
+    assert_eq!(fates(), [Fate::Absent; 3]);
+}
+
+#[test]
+fn overlapping_writes_are_undone_newest_first() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    let replica = Replica { oid: Oid(3), strip: Some(1) };
+    // Two gateways: numbers do not tell which was first.
+    let ids = [(8, 9), (9, 1), (8, 10)].map(|(writer, seq)| WriteId { writer, seq });
+    let mut strip = *b"------";
+    for (nth, (id, new)) in ids.iter().zip([b"aaaa", b"bbbb", b"cccc"]).enumerate() {
+        let old = Bytes::copy_from_slice(&strip[nth..nth + 4]);
+        intents.keep(replica, *id, Epoch(4), nth as u64, old, new).expect("logged");
+        strip[nth..nth + 4].copy_from_slice(new);
+    }
+    assert_eq!(&strip, b"abcccc");
+    for id in intents.newest_first(Oid(3), &ids, Epoch(4)) {
+        for (_, offset, old) in intents.to_undo(Oid(3), id, Epoch(4)) {
+            strip[offset as usize..offset as usize + old.len()].copy_from_slice(&old);
+        }
+    }
+    assert_eq!(&strip, b"------");
+}
+
+#[test]
+fn what_could_not_be_logged_is_not_remembered_whatever_came_after_it() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    let replica = Replica { oid: Oid(3), strip: Some(1) };
+    let ids = [4, 5].map(|seq| WriteId { seq, ..ID });
+    for id in ids {
+        intents.keep(replica, id, Epoch(4), 512, Bytes::from_static(b"old"), b"new").expect("logged");
+    }
+    intents.not_kept(Oid(3), ids[0], Epoch(4), 512);
+    assert_eq!(intents.open_of(replica), [ids[1]]);
+
+    let gone = super::tests::intents(&dir.path().join("gone"));
+    gone.keep(replica, ID, Epoch(4), 0, Bytes::from_static(b"old"), b"new").expect_err("no directory");
+    assert!(gone.open_of(replica).is_empty());
+}
+
+#[test]
+fn a_home_that_has_open_writes_is_not_equal_because_others_say_so() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let intents = intents(dir.path());
+    let replica = Replica { oid: Oid(3), strip: Some(1) };
+    intents.keep(replica, ID, Epoch(4), 0, Bytes::from_static(b"old"), b"new").expect("logged");
+    intents.epoch_ends();
+    intents.unsettle(Oid(4), 1);
+    assert!(!intents.equal_elsewhere(Oid(3)) && intents.is_unsettled(Oid(3)));
+    assert!(intents.equal_elsewhere(Oid(4)) && !intents.is_unsettled(Oid(4)));
+    intents.decided(Oid(3), ID, Epoch(4), Fate::Undone).expect("logged");
+    assert!(intents.equal_elsewhere(Oid(3)) && intents.all_settled());
 }

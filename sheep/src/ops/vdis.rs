@@ -34,7 +34,10 @@ pub fn read_del_vdis<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> B
 
 /// GET_VDI_COPIES.
 pub fn get_vdi_copies<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
-    Box::pin(async move { list(&request, sheep.vdis.records().iter().flat_map(|r| r.encode()).collect()) })
+    Box::pin(async move {
+        let records = sheep.vdis.records();
+        list(&request, records.into_iter().flat_map(|r| sheep.recovery.altered.mark(r).encode()).collect())
+    })
 }
 
 /// VDI_STATE_CHECKPOINT_CTL: lock state of a joining node (spec 05, section 18).

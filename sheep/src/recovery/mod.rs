@@ -5,6 +5,7 @@
 //! out of reach (A1), and a round is complete only when every object is (A2). Requests that need an object still to be
 //! recovered wait in [`Recovery::ready`] and put it first, except writes of part of it ([`early`]).
 
+pub mod altered;
 pub mod early;
 pub mod lacking;
 pub mod object;
@@ -128,6 +129,8 @@ pub struct Recovery {
     throttling: Mutex<RecoveryThrottling>,
     /// Strips here that must not be joined to those of others.
     pub lacking: lacking::Lacking,
+    /// VDIs whose copies were altered lately.
+    pub altered: altered::Altered,
     gathered_path: PathBuf,
 }
 
@@ -145,6 +148,7 @@ impl Recovery {
             gathered: AtomicU32::new(gathered),
             throttling: Mutex::new(throttling),
             lacking: lacking::Lacking::default(),
+            altered: altered::Altered::open(base),
             gathered_path,
         };
         (recovery, receiver)
@@ -202,7 +206,8 @@ impl Recovery {
             tracing::warn!("cannot write {}: {error}", self.gathered_path.display());
         }
         let Some(store) = &sheep.store else { return };
-        sheep.intents.forget_loose(epoch);
+        sheep.intents.gathered(epoch);
+        tokio::task::block_in_place(|| self.altered.gathered(epoch));
         self.lacking.forget(epoch);
         sheep.early.gathered(epoch);
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
@@ -296,9 +301,10 @@ impl Recovery {
     }
 
     /// Whether a write of part of an object need not wait until the object is recovered here: it is listed, not done, this
-    /// node was its home from the beginning of the epoch, and all members know what an early write is.
+    /// node was its home from the beginning of the epoch, all members know what an early write is, and it is clear who the homes
+    /// of late were.
     pub fn takes_early(&self, sheep: &Sheep, oid: Oid, view: &View) -> bool {
-        if !oid.is_data() || is_coded(oid, &sheep.redundancy(oid.vid(), view)) {
+        if !oid.is_data() || is_coded(oid, &sheep.redundancy(oid.vid(), view)) || self.altered.has(oid.vid()) {
             return false;
         }
         self.awaits(sheep, oid, view).is_some_and(|active| {
@@ -370,6 +376,7 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut rounds: mpsc::UnboundedR
         let mut current = sheep.recovery.current.lock();
         if current.as_ref().is_some_and(|c| Arc::ptr_eq(c, &active)) {
             *current = None;
+            sheep.recovery.altered.complete();
         }
         drop(current);
         active.replace(); // nobody waits for this round any more

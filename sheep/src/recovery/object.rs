@@ -5,6 +5,9 @@
 //! does whose store was there (a write is acknowledged by all homes). Otherwise a home that is away may hold a newer
 //! version than any older epoch has, and the object waits.
 //!
+//! Where copies of the VDI were altered, an epoch's homes are those of the largest number since ([`super::altered`]); what
+//! nodes put away that are none any more comes after what the homes have, and before older epochs.
+//!
 //! A home that has no version of an epoch may have writes of it ([`super::early`]), which are all that happened in it. If those
 //! that may have more are away, the search goes back, and what was written since is put on top of what it finds.
 //!
@@ -22,6 +25,7 @@ use sheepdog_proto::header::{ObjRequest, OrderRequest, order};
 use sheepdog_proto::{Epoch, Flags, NodeId, NodeRecord, Oid, Opcode, Request, Response, ResultCode};
 use sheepdog_store::{DigestOf, Replica, Store, StoreError};
 
+use super::altered::Counts;
 use super::early::Patch;
 use super::tombstones::marked;
 use super::{Active, early, is_damaged};
@@ -88,8 +92,10 @@ pub async fn recover(sheep: &Arc<Sheep>, active: &Active, oid: Oid) -> Recovered
     let candidate =
         LocalCandidate::find(sheep, oid, if oid.is_sparse() { DigestOf::Blocks } else { DigestOf::All })
             .await;
-    let mut hunt =
-        Hunt { sheep, active, oid, copies: redundancy.copies, candidate, removed, since: Vec::new() };
+    let copies = redundancy.copies;
+    let counts = sheep.recovery.altered.counts(oid.vid(), copies, sheep.history.losses());
+    let since = Vec::new();
+    let mut hunt = Hunt { sheep, active, oid, copies, counts, candidate, removed, since };
     let mut epoch = active.round.tgt_epoch;
     let mut nodes = Some(active.round.old.clone());
     loop {
@@ -247,6 +253,7 @@ struct Hunt<'a> {
     active: &'a Active,
     oid: Oid,
     copies: u8,
+    counts: Counts,
     candidate: LocalCandidate,
     /// The last epoch in which somebody removed it; 0 = nobody knows of one.
     removed: Epoch,
@@ -255,10 +262,17 @@ struct Hunt<'a> {
 }
 
 impl Hunt<'_> {
+    /// The nodes that were homes among the members of an epoch as long as there were `copies`, in order.
+    fn homes(&self, ring: &Ring, copies: u8) -> Vec<NodeId> {
+        ring.nodes_of(self.oid, copies.into()).map(|n| n.nid).collect()
+    }
+
     /// Who may have had the object among the members of an epoch: its homes, beginning with this node; with `-W` then
     /// everybody else, because placement may have changed.
-    fn candidates(&self, ring: &Ring) -> Vec<NodeId> {
-        let mut nodes: Vec<NodeId> = ring.nodes_of(self.oid, self.copies.into()).map(|n| n.nid).collect();
+    fn candidates(&self, ring: &Ring, epoch: Epoch) -> Vec<NodeId> {
+        // Who ceased to be a home in the present epoch has nothing of it, and need not be here.
+        let present = !epoch.is_before(self.active.round.epoch);
+        let mut nodes = self.homes(ring, if present { self.copies } else { self.counts.most });
         if let Some(at) = nodes.iter().position(|n| *n == self.sheep.me) {
             nodes.rotate_left(at);
         }
@@ -278,10 +292,11 @@ impl Hunt<'_> {
         };
         // Moved away in this very epoch: outdated if a home has the object, the only copy if none has.
         let mut own = false;
-        let (mut unknown, mut proven) = (None, false);
+        let (mut unknown, mut proven, mut lacked) = (None, false, false);
+        let always = self.homes(&ring, self.counts.least);
         // Writes of the epoch, if a home has only those; and whether all others that may have more are away.
         let (mut written, mut only_away) = (None, true);
-        for home in self.candidates(&ring) {
+        for home in self.candidates(&ring, epoch) {
             if self.active.is_replaced() {
                 return Search::Replaced;
             }
@@ -296,17 +311,20 @@ impl Hunt<'_> {
             match self.try_home(epoch, home).await {
                 Ok(()) => return Search::Found,
                 Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
-                Err(ResultCode::NO_OBJ) => proven = true,
+                Err(ResultCode::NO_OBJ) => proven |= always.contains(&home),
                 Err(code) => {
                     let early = match code {
                         ResultCode::AGAIN => early::ask(self.sheep, &view, home, self.oid, epoch).await,
                         _ => None,
                     };
-                    only_away &= early.is_some();
-                    if early.is_none() {
+                    if early.is_some() {
+                        written = written.or(early);
+                    } else if code == ResultCode::AGAIN && home == self.sheep.me && self.counts.lacked {
+                        lacked = true;
+                    } else {
+                        only_away = false;
                         unknown = Some(format!("{home}: {code}"));
                     }
-                    written = written.or(early);
                 }
             }
         }
@@ -322,6 +340,15 @@ impl Hunt<'_> {
             self.since.push(written);
             return Search::Absent;
         }
+        if self.counts.least < self.counts.most && (proven || (lacked && unknown.is_none())) {
+            match self.search_put_away(epoch, &ring).await {
+                Search::Absent => proven = true,
+                Search::Unknown(reason) => unknown = Some(reason),
+                done => return done,
+            }
+        } else if lacked {
+            unknown.get_or_insert_with(|| "this node lost what it had".to_owned());
+        }
         match unknown {
             Some(reason) if !proven => Search::Unknown(reason),
             _ if own => match self.link(epoch).await {
@@ -332,6 +359,30 @@ impl Hunt<'_> {
             },
             _ => Search::Absent,
         }
+    }
+
+    /// Asks those who were homes in an epoch for a part of it only, as copies were altered, for what they put away then.
+    /// Nothing was written later.
+    async fn search_put_away(&mut self, epoch: Epoch, ring: &Ring) -> Search {
+        let always = self.homes(ring, self.counts.least);
+        let before = Epoch(epoch.0.saturating_sub(1));
+        let mut unknown = None;
+        for node in self.homes(ring, self.counts.most).into_iter().filter(|n| !always.contains(n)) {
+            if self.active.is_replaced() {
+                return Search::Replaced;
+            }
+            if !self.sheep.views.load().is_member(&node) {
+                unknown = Some(format!("{node}, which stored it at epoch {epoch}, is away"));
+                continue;
+            }
+            match self.try_home(before, node).await {
+                Ok(()) => return Search::Found,
+                Err(ResultCode::OLD_NODE_VER) => return Search::Replaced,
+                Err(ResultCode::NO_OBJ) => {}
+                Err(code) => unknown = Some(format!("{node}: {code}")),
+            }
+        }
+        unknown.map_or(Search::Absent, Search::Unknown)
     }
 
     fn has_own_of_the_present(&self, epoch: Epoch) -> bool {

@@ -9,18 +9,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
-use sheepdog_proto::header::CheckpointRequest;
+use sheepdog_proto::header::{CheckpointRequest, ObjRequest};
 use sheepdog_proto::{Epoch, NodeId, Opcode, Request, Response, ResultCode, VdiId, VdiState, Wire};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::Command;
+use super::state::Tables;
 use crate::dispatch;
 use crate::sheep::Sheep;
 use crate::vdi::locks::Lock;
 
 /// Deadline of one fetch.
 const FETCH_DEADLINE: Duration = Duration::from_secs(5);
-/// Attempts to fetch a joiner's table; a joiner tries for as long as the other is a member.
+/// Attempts to fetch a joiner's table.
 const MEMBER_ATTEMPTS: usize = 3;
 /// Rounds of asking for the lock states of an epoch; members may not have reached it yet.
 const LOCK_ATTEMPTS: u32 = 7;
@@ -31,8 +32,8 @@ const MAX_RECORDS: usize = 1 << 20;
 
 /// One piece of work.
 pub enum Work {
-    /// Fetch these nodes' tables; they are joiners' if the flag says so.
-    Fetch(Vec<NodeId>, bool),
+    /// Fetch VDI tables.
+    Fetch(Tables),
     /// Learn the lock states as of an epoch and report to the cluster task.
     CollectLocks(Epoch),
     /// Run the work part of an operation and report to the cluster task, unless the mutex was lost more often than this.
@@ -44,6 +45,8 @@ pub enum Work {
 pub struct Worker {
     queue: mpsc::UnboundedSender<Work>,
     fetches: watch::Sender<usize>,
+    /// Of them, those of the members' tables: more than one if this node joined again in between.
+    joins: watch::Sender<usize>,
     /// How often the mutex was lost with the session.
     losses: watch::Sender<u64>,
 }
@@ -52,13 +55,17 @@ impl Worker {
     /// The worker and its queue's other end, for [`run`].
     pub fn new() -> (Worker, mpsc::UnboundedReceiver<Work>) {
         let (queue, receiver) = mpsc::unbounded_channel();
-        (Worker { queue, fetches: watch::Sender::new(0), losses: watch::Sender::new(0) }, receiver)
+        let [fetches, joins] = [0, 0].map(watch::Sender::new);
+        (Worker { queue, fetches, joins, losses: watch::Sender::new(0) }, receiver)
     }
 
     /// Queues work. At most one operation and one fetch per membership event are ever queued.
     pub fn push(&self, work: Work) {
-        if matches!(work, Work::Fetch(..)) {
+        if let Work::Fetch(tables) = &work {
             self.fetches.send_modify(|n| *n += 1);
+            if matches!(tables, Tables::OfMembers(..)) {
+                self.joins.send_modify(|n| *n += 1);
+            }
         }
         let _ = self.queue.send(work);
     }
@@ -85,12 +92,18 @@ impl Worker {
 pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedReceiver<Work>) {
     while let Some(work) = queue.recv().await {
         match work {
-            Work::Fetch(nodes, joiners) => {
-                for node in nodes {
-                    fetch(&sheep, node, joiners).await;
-                }
-                if !joiners {
-                    sheep.tables.send_replace(true);
+            Work::Fetch(tables) => {
+                match tables {
+                    Tables::OfJoiner(node) => fetch_of_joiner(&sheep, node).await,
+                    Tables::OfMembers(nodes, joined) => {
+                        for node in nodes {
+                            fetch_of_member(&sheep, &worker, node, joined).await;
+                        }
+                        worker.joins.send_modify(|n| *n -= 1);
+                        if *worker.joins.borrow() == 0 {
+                            sheep.tables.send_replace(true);
+                        }
+                    }
                 }
                 worker.fetches.send_modify(|n| *n -= 1);
             }
@@ -133,31 +146,58 @@ async fn operation(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Repl
     }
 }
 
-async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
-    let mut attempt = 0;
-    loop {
-        match fetch_once(sheep, node).await {
-            Ok(records) => {
-                records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
-                return;
+/// What a member takes from a joiner adds to what it knows, and may be missing.
+async fn fetch_of_joiner(sheep: &Arc<Sheep>, node: NodeId) {
+    for attempt in 1.. {
+        match fetch_once(sheep, node, Epoch(0)).await {
+            Ok(records) => return records.iter().for_each(|r| sheep.vdis.add_record(r, true)),
+            Err(error) if attempt >= MEMBER_ATTEMPTS || !sheep.views.load().is_member(&node) => {
+                return tracing::error!("failed to get vdi bitmap from {node}: {error}");
             }
+            Err(_) => pause(attempt).await,
+        }
+    }
+}
+
+/// Learns what `node`, a member when this node joined, knows of VDIs. This node sees the events since its join; those before it
+/// are in the table of a member that has come as far in the order of events. One that has not does not answer, and is asked
+/// again as long as it is a member: a VDI whose NEW_VDI neither arrives as an event nor as an in-use bit would make this node
+/// end the probing of its name earlier than others do, for good.
+///
+/// Nobody waits for ever. A member's answer depends on how far its cluster task is and on nothing else: not on whether it has
+/// the tables of others itself, so that two nodes that collect tables answer each other. The cluster task never waits for
+/// tables: it queues fetches here, and a write gets its pass, for whose end the task waits, after the tables have come
+/// (`peer.rs`). A member that comes no further ends as a member, or this node does.
+///
+/// A member that joined again later, or has not all tables yet, answers with what it has: whatever was said before this node
+/// joined is known to those that have been members since, which are asked, too. If there are none, what nobody knows is no VDI.
+async fn fetch_of_member(sheep: &Arc<Sheep>, worker: &Worker, node: NodeId, joined: Epoch) {
+    for attempt in 1.. {
+        match fetch_once(sheep, node, joined).await {
+            Ok(records) => return records.iter().for_each(|r| sheep.vdis.add_record(r, false)),
+            Err(error) if !sheep.views.load().is_member(&node) => {
+                return tracing::error!("failed to get vdi bitmap from {node}: {error}");
+            }
+            // It joined again meanwhile: what it needs is fetched next, from those who are members now.
+            Err(_) if *worker.joins.borrow() > 1 => return,
             Err(error) => {
-                attempt += 1;
-                let gone = !sheep.views.load().is_member(&node);
-                if gone || (joiner && attempt >= MEMBER_ATTEMPTS) {
-                    tracing::error!("failed to get vdi bitmap from {node}: {error}");
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(100 << attempt.min(5))).await;
+                tracing::debug!("{node}: no VDI table as of epoch {joined}: {error}");
+                pause(attempt).await;
             }
         }
     }
 }
 
-async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, String> {
+async fn pause(attempt: usize) {
+    tokio::time::sleep(Duration::from_millis(50 << attempt.min(6))).await;
+}
+
+/// The records of a node that has reached `epoch`.
+async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId, epoch: Epoch) -> Result<Vec<VdiState>, String> {
     let mut capacity = FIRST_RECORDS;
     loop {
-        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN);
+        let body = ObjRequest { tgt_epoch: epoch, ..Default::default() };
+        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN).with_obj(body);
         let reply = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await;
         let reply = reply.map_err(|e| e.to_string())?;
         match reply.response.result {
@@ -250,7 +290,7 @@ async fn present_states(sheep: &Arc<Sheep>, nodes: &[NodeId]) -> HashMap<VdiId, 
     loop {
         let members = members_of(sheep, nodes);
         for node in &members {
-            match fetch_once(sheep, *node).await {
+            match fetch_once(sheep, *node, Epoch(0)).await {
                 Ok(records) => return records.into_iter().map(|record| (record.vid, record)).collect(),
                 Err(error) => tracing::warn!("failed to get lock states from {node}: {error}"),
             }

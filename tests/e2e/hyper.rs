@@ -1,5 +1,6 @@
 //! Hypervolumes (spec 01, 13; spec 05, 22): 16 PB, an index of several nodes, snapshots, clones, locks, deletion.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -347,17 +348,27 @@ fn blocks_overwritten_after_the_deletion_of_their_snapshot_go_while_the_family_l
     cluster.dog(&["vdi", "create", "other", "4M"]).ok();
     cluster.dog(&["vdi", "delete", "other"]).ok();
     let end = Instant::now() + Duration::from_secs(120);
-    let mut written = Vec::new();
+    // Blocks with the byte that was written last, and the places of each round.
+    let mut written = BTreeMap::new();
+    let mut places: VecDeque<Vec<u64>> = VecDeque::new();
     let mut rounds = 0u64;
     while !(cluster.holders(block(1)).is_empty() && cluster.holders(block(4)).is_empty()) {
         assert!(Instant::now() < end, "{:?} {:?}", cluster.holders(block(1)), cluster.holders(block(4)));
-        // New entries everywhere: nodes of the index that are full are split.
+        // New entries everywhere, so that full nodes of the index are split; older blocks are given back.
         let at = |nr: u64| (20 + (rounds * 16 + nr) * 61_987 % 1_500_000) * BLOCK;
-        let places: Vec<u64> = (0..16).map(at).filter(|at| far.iter().all(|(_, far)| far != at)).collect();
-        let commands = places.iter().map(|at| format!("aio_write -P {} {at} 4k", rounds % 199 + 1));
-        let commands: Vec<String> = commands.chain(["aio_flush".into()]).collect();
+        let new: Vec<u64> = (0..16).map(at).filter(|at| far.iter().all(|(_, far)| far != at)).collect();
+        let byte = rounds % 199 + 1;
+        let mut commands: Vec<String> =
+            new.iter().map(|at| format!("aio_write -P {byte} {at} 4k")).chain(["aio_flush".into()]).collect();
+        written.extend(new.iter().map(|at| (*at, byte)));
+        places.push_back(new);
+        if places.len() > 15 {
+            for at in places.pop_front().into_iter().flatten() {
+                commands.push(format!("discard {at} {BLOCK}"));
+                written.remove(&at);
+            }
+        }
         must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
-        written.extend(places.into_iter().map(|at| (at, rounds % 199 + 1)));
         rounds += 1;
     }
     eprintln!("{rounds} rounds of writes meanwhile");
@@ -369,8 +380,7 @@ fn blocks_overwritten_after_the_deletion_of_their_snapshot_go_while_the_family_l
     let reads = [0, 2, 3, 5].map(|at: usize| format!("read -P {} {} 64k", far[at].0 % 200 + 1, far[at].1));
     must_io(&image, &reads.each_ref().map(|c| &c[..]));
     must_io(&image, &[&format!("read -P 201 {} 64k", far[1].1), &format!("read -P 0 {} 64k", far[4].1)]);
-    let latest: std::collections::BTreeMap<u64, u64> = written.into_iter().collect();
-    let reads: Vec<String> = latest.iter().map(|(at, byte)| format!("read -P {byte} {at} 4k")).collect();
+    let reads: Vec<String> = written.iter().map(|(at, byte)| format!("read -P {byte} {at} 4k")).collect();
     for part in reads.chunks(200) {
         must_io(&image, &part.iter().map(String::as_str).collect::<Vec<_>>());
     }

@@ -640,6 +640,23 @@ mod tests {
         assert_eq!(range, ProbeRange { candidates: vec![vid(1), vid(0xff_ffff)], free: Some(vid(2)) });
     }
 
+    /// FULL_VDI: no id is left, wherever probing begins; one that is given back is found from everywhere.
+    #[test]
+    fn probing_a_full_table_finds_no_id() {
+        let table = VdiTable::default();
+        (1..NR_VDIS as u32).for_each(|v| table.set_in_use(vid(v)));
+        for name_hash in [0, 1, 5, 0xff_ffff] {
+            let range = table.probe(name_hash);
+            assert_eq!((range.free, range.candidates.len()), (None, NR_VDIS - 1), "{name_hash:x}");
+        }
+        assert_eq!(table.probe_recycled().free, None);
+        table.recycle(vid(7));
+        for name_hash in [0, 1, 7, 8, 0xff_ffff] {
+            assert_eq!(table.probe(name_hash).free, Some(vid(7)), "{name_hash:x}");
+        }
+        assert_eq!(table.probe_recycled().free, Some(vid(7)));
+    }
+
     #[test]
     fn a_stale_record_never_clears_snapshot_or_deleted() {
         let table = VdiTable::default();

@@ -423,7 +423,7 @@ impl Task {
     pub async fn act(&mut self, actions: Vec<Action>) {
         if actions.iter().any(|a| matches!(a, Action::FetchVdis(Tables::OfMembers(..)))) {
             // Before anybody sees the new view.
-            self.sheep.tables.send_replace(false);
+            self.worker.joined(&self.sheep);
         }
         let published = actions.contains(&Action::Publish);
         if published {

@@ -61,13 +61,31 @@ impl Worker {
 
     /// Queues work. At most one operation and one fetch per membership event are ever queued.
     pub fn push(&self, work: Work) {
-        if let Work::Fetch(tables) = &work {
+        if matches!(work, Work::Fetch(..)) {
             self.fetches.send_modify(|n| *n += 1);
-            if matches!(tables, Tables::OfMembers(..)) {
-                self.joins.send_modify(|n| *n += 1);
-            }
         }
         let _ = self.queue.send(work);
+    }
+
+    /// This node has joined and is about to queue a fetch of the members' tables: until that is done, and no later one is
+    /// to be, requests that need them wait.
+    pub fn joined(&self, sheep: &Sheep) {
+        self.joins.send_modify(|n| {
+            *n += 1;
+            sheep.tables.send_replace(false);
+            sheep.vdis.expect_records();
+        });
+    }
+
+    fn tables_fetched(&self, sheep: &Sheep) {
+        // At once with the counting: this node may be joining again.
+        self.joins.send_modify(|n| {
+            *n -= 1;
+            if *n == 0 {
+                sheep.vdis.records_arrived();
+                sheep.tables.send_replace(true);
+            }
+        });
     }
 
     /// Ends operations whose mutex is lost: others may change the same VDIs from now on. An operation that went on would
@@ -99,10 +117,7 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                         for node in nodes {
                             fetch_of_member(&sheep, &worker, node, joined).await;
                         }
-                        worker.joins.send_modify(|n| *n -= 1);
-                        if *worker.joins.borrow() == 0 {
-                            sheep.tables.send_replace(true);
-                        }
+                        worker.tables_fetched(&sheep);
                     }
                 }
                 worker.fetches.send_modify(|n| *n -= 1);

@@ -476,7 +476,7 @@ impl Task {
             Action::StashAll => self.stash_all().await,
             Action::StashMoved(suffix) => self.stash_moved(suffix).await,
             Action::Publish => self.publish(),
-            Action::FetchVdis(tables) => self.worker.push(Work::Fetch(tables)),
+            Action::FetchVdis(tables) => self.worker.fetch(tables),
             Action::Checkpoint(epoch) => self.sheep.vdis.take_checkpoint(epoch),
             Action::CollectLocks(epoch) => {
                 self.sheep.vdis.set_collecting(true);

@@ -1,7 +1,8 @@
 //! The ordered worker: fetches of VDI tables and work parts of cluster operations, one after another.
 //!
-//! They share one queue so that a VDI is never looked up or created between a node's join and the arrival of its table
-//! (spec 04, 5.6).
+//! No operation begins between a node's join and the arrival of its table, so that no VDI is looked up or created meanwhile
+//! (spec 04, 5.6). The tables of joiners do not wait for an operation that has begun, though: recovery waits for them, and the
+//! operation may wait for an object that is to be recovered here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,8 +33,8 @@ const MAX_RECORDS: usize = 1 << 20;
 
 /// One piece of work.
 pub enum Work {
-    /// Fetch VDI tables.
-    Fetch(Tables),
+    /// Fetch the tables of these members, as of the epoch in which this node joined.
+    Fetch(Vec<NodeId>, Epoch),
     /// Learn the lock states as of an epoch and report to the cluster task.
     CollectLocks(Epoch),
     /// Run the work part of an operation and report to the cluster task, unless the mutex was lost more often than this.
@@ -44,27 +45,40 @@ pub enum Work {
 #[derive(Clone)]
 pub struct Worker {
     queue: mpsc::UnboundedSender<Work>,
-    fetches: watch::Sender<usize>,
-    /// Of them, those of the members' tables: more than one if this node joined again in between.
+    /// Fetches of the members' tables to be done: more than one if this node joined again in between.
     joins: watch::Sender<usize>,
+    /// Nodes that joined and whose tables are to be fetched.
+    joiners: mpsc::UnboundedSender<NodeId>,
+    /// How many they are.
+    waiting: watch::Sender<usize>,
     /// How often the mutex was lost with the session.
     losses: watch::Sender<u64>,
 }
 
 impl Worker {
-    /// The worker and its queue's other end, for [`run`].
-    pub fn new() -> (Worker, mpsc::UnboundedReceiver<Work>) {
-        let (queue, receiver) = mpsc::unbounded_channel();
-        let [fetches, joins] = [0, 0].map(watch::Sender::new);
-        (Worker { queue, fetches, joins, losses: watch::Sender::new(0) }, receiver)
+    /// The worker and its queues' other ends, for [`run`].
+    pub fn new() -> (Worker, Queues) {
+        let (queue, work) = mpsc::unbounded_channel();
+        let (joiners, joined) = mpsc::unbounded_channel();
+        let [joins, waiting] = [0, 0].map(watch::Sender::new);
+        let worker = Worker { queue, joins, joiners, waiting, losses: watch::Sender::new(0) };
+        (worker, Queues { work, joined })
     }
 
     /// Queues work. At most one operation and one fetch per membership event are ever queued.
     pub fn push(&self, work: Work) {
-        if matches!(work, Work::Fetch(..)) {
-            self.fetches.send_modify(|n| *n += 1);
-        }
         let _ = self.queue.send(work);
+    }
+
+    /// Fetches VDI tables; those of the members after [`Worker::joined`].
+    pub fn fetch(&self, tables: Tables) {
+        match tables {
+            Tables::OfMembers(nodes, joined) => self.push(Work::Fetch(nodes, joined)),
+            Tables::OfJoiner(node) => {
+                self.waiting.send_modify(|n| *n += 1);
+                let _ = self.joiners.send(node);
+            }
+        }
     }
 
     /// This node has joined and is about to queue a fetch of the members' tables: until that is done, and no later one is
@@ -99,28 +113,43 @@ impl Worker {
         self.push(Work::Operation(*self.losses.borrow(), request, payload));
     }
 
-    /// Waits until every fetch queued so far has been done.
+    /// Waits until every fetch asked for so far has been done.
     pub async fn fetched(&self) {
-        // The sender lives in self.
-        let _ = self.fetches.subscribe().wait_for(|n| *n == 0).await;
+        // The senders live in self.
+        let _ = self.joins.subscribe().wait_for(|n| *n == 0).await;
+        self.joiners_fetched().await;
+    }
+
+    async fn joiners_fetched(&self) {
+        let _ = self.waiting.subscribe().wait_for(|n| *n == 0).await;
     }
 }
 
-/// Works the queue off, for ever.
-pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedReceiver<Work>) {
+/// The other ends of a worker's queues.
+pub struct Queues {
+    work: mpsc::UnboundedReceiver<Work>,
+    joined: mpsc::UnboundedReceiver<NodeId>,
+}
+
+/// Works the queues off, for ever.
+pub async fn run(sheep: Arc<Sheep>, worker: Worker, queues: Queues) {
+    let Queues { work: mut queue, mut joined } = queues;
+    tokio::spawn({
+        let (sheep, worker) = (sheep.clone(), worker.clone());
+        async move {
+            while let Some(node) = joined.recv().await {
+                fetch_of_joiner(&sheep, node).await;
+                worker.waiting.send_modify(|n| *n -= 1);
+            }
+        }
+    });
     while let Some(work) = queue.recv().await {
         match work {
-            Work::Fetch(tables) => {
-                match tables {
-                    Tables::OfJoiner(node) => fetch_of_joiner(&sheep, node).await,
-                    Tables::OfMembers(nodes, joined) => {
-                        for node in nodes {
-                            fetch_of_member(&sheep, &worker, node, joined).await;
-                        }
-                        worker.tables_fetched(&sheep);
-                    }
+            Work::Fetch(nodes, joined) => {
+                for node in nodes {
+                    fetch_of_member(&sheep, &worker, node, joined).await;
                 }
-                worker.fetches.send_modify(|n| *n -= 1);
+                worker.tables_fetched(&sheep);
             }
             Work::CollectLocks(epoch) => {
                 collect_locks(&sheep, epoch).await;
@@ -130,8 +159,11 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                 let mut lost = worker.losses.subscribe();
                 // In a task of its own: should it panic, the cluster must not stay blocked.
                 let mut work = tokio::spawn({
-                    let sheep = sheep.clone();
-                    async move { operation(&sheep, request, payload).await }
+                    let (sheep, worker) = (sheep.clone(), worker.clone());
+                    async move {
+                        worker.joiners_fetched().await;
+                        operation(&sheep, request, payload).await
+                    }
                 });
                 let lost = async {
                     // The sender lives in `worker`.

@@ -78,6 +78,17 @@ impl BtreeNode {
         }
     }
 
+    /// Decodes a node as it was written: `None` if magic or depth are unknown or entries are missing.
+    pub fn decode_checked(bytes: &[u8]) -> Option<BtreeNode> {
+        let header = BtreeHeader::decode(bytes).ok().filter(|header| header.magic == BTREE_MAGIC)?;
+        let node = BtreeNode::decode(bytes);
+        let (depth, entries) = match &node {
+            BtreeNode::Leaf(list) => (1, list.len()),
+            BtreeNode::Inner(list) => (2, list.len()),
+        };
+        (header.depth == depth && header.entries as usize == entries).then_some(node)
+    }
+
     /// The used part of the node.
     pub fn encode(&self) -> Vec<u8> {
         let (depth, entries, body): (u16, usize, Vec<u8>) = match self {
@@ -86,5 +97,26 @@ impl BtreeNode {
         };
         let header = BtreeHeader { magic: BTREE_MAGIC, depth, entries: entries as u32 };
         [header.to_bytes().as_slice(), &body].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_all_of_a_node_is_none() {
+        let node = BtreeNode::Leaf(vec![LeafEntry { idx: 3, vdi_id: 7 }, LeafEntry { idx: 9, vdi_id: 7 }]);
+        let bytes = node.encode();
+        assert_eq!(BtreeNode::decode_checked(&bytes), Some(node));
+        let padded = [&bytes[..], &[0; 64]].concat();
+        assert_eq!(BtreeNode::decode_checked(&padded), BtreeNode::decode_checked(&bytes));
+        assert_eq!(BtreeNode::decode_checked(&bytes[..bytes.len() - 1]), None, "an entry is missing");
+        for (at, bad) in [(0, 0), (2, 3), (2, 0), (7, 1)] {
+            let mut bytes = bytes.clone();
+            bytes[at] = bad;
+            assert_eq!(BtreeNode::decode_checked(&bytes), None, "byte {at} is {bad}");
+        }
+        assert_eq!(BtreeNode::decode_checked(&[0; 4096]), None, "never written");
     }
 }

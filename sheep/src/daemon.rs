@@ -276,7 +276,7 @@ struct Parts {
 }
 
 struct Queues {
-    work: tokio::sync::mpsc::UnboundedReceiver<worker::Work>,
+    work: worker::Queues,
     references: tokio::sync::mpsc::Receiver<reclaim::Pending>,
     rounds: tokio::sync::mpsc::UnboundedReceiver<crate::cluster::state::Round>,
 }

@@ -1,5 +1,6 @@
 //! Hypervolumes (spec 01, 13; spec 05, 22): 16 PB, an index of several nodes, snapshots, clones, locks, deletion.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -320,4 +321,94 @@ fn a_hypervolume_is_rolled_back() {
     }
     wait_only_inodes(&cluster);
     assert!((0..3).all(|n| cluster.objects_of(n).keys().all(|oid| oid.kind() == ObjectKind::Inode)));
+}
+
+/// What the working VDI overwrites after the snapshot that owns it was deleted is named by nobody and told to nobody: the look
+/// after the next deletion finds it, while the index is being written to and its nodes are split.
+#[test]
+fn blocks_overwritten_after_the_deletion_of_their_snapshot_go_while_the_family_lives() {
+    let mut cluster = cluster();
+    cluster.dog(&["vdi", "create", "-y", "big", "6T"]).ok();
+    let mut client = cluster.client();
+    let old = client.lookup("big", "", 0).expect("it exists");
+    fill_index(&mut client, old);
+    let image = uri(&cluster, 0, "big");
+    let far = [1, 2, 3, 600_000, 600_001, 1_000_000].map(|idx: u64| (idx, idx * BLOCK));
+    let write = far.map(|(idx, at)| format!("write -P {} {at} 64k", idx % 200 + 1));
+    must_io(&image, &write.each_ref().map(|c| &c[..]));
+    assert!(leaves(&mut client, old).len() >= 2, "the index has several nodes");
+    cluster.dog(&["vdi", "snapshot", "-y", "big", "-s", "s"]).ok();
+    cluster.dog(&["vdi", "delete", "big", "-s", "s"]).ok();
+    must_io(&image, &[&format!("write -P 201 {} 64k", far[1].1), &format!("discard {} 4M", far[4].1)]);
+    let block = |at: usize| Oid::data(old, far[at].0 as u32);
+    for at in 0..far.len() {
+        assert_eq!(cluster.holders(block(at)), [0, 1, 2], "block {at}");
+    }
+    // A deletion makes the nodes look.
+    cluster.dog(&["vdi", "create", "other", "4M"]).ok();
+    cluster.dog(&["vdi", "delete", "other"]).ok();
+    let end = Instant::now() + Duration::from_secs(120);
+    // Blocks with the byte that was written last, and the places of each round.
+    let mut written = BTreeMap::new();
+    let mut places: VecDeque<Vec<u64>> = VecDeque::new();
+    let mut rounds = 0u64;
+    while !(cluster.holders(block(1)).is_empty() && cluster.holders(block(4)).is_empty()) {
+        assert!(Instant::now() < end, "{:?} {:?}", cluster.holders(block(1)), cluster.holders(block(4)));
+        // New entries everywhere, so that full nodes of the index are split; older blocks are given back.
+        let at = |nr: u64| (20 + (rounds * 16 + nr) * 61_987 % 1_500_000) * BLOCK;
+        let new: Vec<u64> = (0..16).map(at).filter(|at| far.iter().all(|(_, far)| far != at)).collect();
+        let byte = rounds % 199 + 1;
+        let mut commands: Vec<String> =
+            new.iter().map(|at| format!("aio_write -P {byte} {at} 4k")).chain(["aio_flush".into()]).collect();
+        written.extend(new.iter().map(|at| (*at, byte)));
+        places.push_back(new);
+        if places.len() > 15 {
+            for at in places.pop_front().into_iter().flatten() {
+                commands.push(format!("discard {at} {BLOCK}"));
+                written.remove(&at);
+            }
+        }
+        must_io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+        rounds += 1;
+    }
+    eprintln!("{rounds} rounds of writes meanwhile");
+    let working = client.lookup("big", "", 0).expect("it exists");
+    assert_ne!(working, old);
+    for at in [0, 2, 3, 5] {
+        assert_eq!(cluster.holders(block(at)), [0, 1, 2], "block {at} is named");
+    }
+    let reads = [0, 2, 3, 5].map(|at: usize| format!("read -P {} {} 64k", far[at].0 % 200 + 1, far[at].1));
+    must_io(&image, &reads.each_ref().map(|c| &c[..]));
+    must_io(&image, &[&format!("read -P 201 {} 64k", far[1].1), &format!("read -P 0 {} 64k", far[4].1)]);
+    let reads: Vec<String> = written.iter().map(|(at, byte)| format!("read -P {byte} {at} 4k")).collect();
+    for part in reads.chunks(200) {
+        must_io(&image, &part.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    cluster.dog(&["vdi", "delete", "big"]).ok();
+    wait_only_inodes(&cluster);
+}
+
+/// The same for what a node that died had still to remove.
+#[test]
+fn blocks_that_a_dying_node_did_not_remove_go_while_the_family_lives() {
+    let mut cluster = cluster();
+    filled(&mut cluster, 600);
+    let mut client = cluster.client();
+    let old = client.lookup("big", "", 0).expect("it exists");
+    cluster.dog(&["vdi", "snapshot", "-y", "big", "-s", "s"]).ok();
+    must_io(&uri(&cluster, 0, "big"), &[&format!("discard 0 {}", 400 * BLOCK)]);
+    cluster.dog(&["vdi", "delete", "big", "-s", "s"]).ok();
+    cluster.kill9(0);
+    eprintln!("{} blocks left", data_objects(&cluster));
+    assert!(data_objects(&cluster) > 200, "the node had something to remove when it died");
+    cluster.start(0);
+    cluster.wait_recovered();
+    wait_for("what nobody names to go", Duration::from_secs(90), || {
+        (0..3).all(|n| cluster.objects_of(n).keys().filter(|oid| oid.is_data()).count() <= 200).then_some(())
+    });
+    for idx in 400..600 {
+        assert_eq!(cluster.holders(Oid::data(old, idx)), [0, 1, 2], "block {idx} is named");
+    }
+    let reads: Vec<String> = (400..600u64).map(|idx| format!("read -P 1 {} 4k", idx * BLOCK)).collect();
+    must_io(&uri(&cluster, 1, "big"), &reads.iter().map(String::as_str).collect::<Vec<_>>());
 }

@@ -420,6 +420,88 @@ fn a_deep_queue_is_served() {
     io(&image, &["read -P 17 12308480 4096"]);
 }
 
+/// Writes, discards and reads at random places, up to 64 in flight, through changing nodes, with snapshots in between; what
+/// each snapshot and the volume then have is compared byte by byte with what was written.
+#[test]
+fn a_deep_queue_of_random_requests_keeps_every_byte() {
+    const SIZE: usize = 40 << 20;
+    const SECTOR: usize = 512;
+    const BLOCK: usize = 4 << 20;
+    let seed = std::env::var("SHEEPDOG_QEMU_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_26);
+    eprintln!("seed {seed}");
+    let mut random = SmallRng::seed_from_u64(seed);
+    let mut below = move |n: usize| (random.next_u64() % n as u64) as usize;
+    let mut cluster = Builder::new(4).flags(locking()).start();
+    img(&["create", "-f", "raw", &unix(&cluster, 0, "vm"), "40M"]);
+    let mut model = vec![0_u8; SIZE / SECTOR];
+    let mut snapshots = Vec::new();
+    let mut requests = 0;
+    for round in 0..16 {
+        // What is in flight together does not overlap: its order would be open.
+        let mut taken = vec![false; SIZE / SECTOR];
+        let mut commands = Vec::new();
+        for _ in 0..4 {
+            for _ in 0..64 {
+                let len = if below(4) == 0 { 1 + below(600) } else { 1 + below(32) };
+                let first = below(SIZE / SECTOR - len);
+                let (range, at) = (first..first + len, first * SECTOR);
+                if taken[range.clone()].contains(&true) {
+                    continue;
+                }
+                let same = model[range.clone()].iter().all(|byte| *byte == model[first]);
+                let byte = 1 + below(255) as u8;
+                match below(8) {
+                    0 | 1 if same => {
+                        commands.push(format!("aio_read -P {} {at} {}", model[first], len * SECTOR))
+                    }
+                    2 => {
+                        commands.push(format!("aio_write -z {at} {}", len * SECTOR));
+                        model[range.clone()].fill(0);
+                    }
+                    _ => {
+                        commands.push(format!("aio_write -P {byte} {at} {}", len * SECTOR));
+                        model[range.clone()].fill(byte);
+                    }
+                }
+                taken[range].fill(true);
+                requests += 1;
+            }
+            commands.push("aio_flush".into());
+            taken.fill(false);
+            if below(3) == 0 {
+                let block = below(SIZE / BLOCK);
+                commands.push(format!("discard {} {BLOCK}", block * BLOCK));
+                model[block * BLOCK / SECTOR..(block + 1) * BLOCK / SECTOR].fill(0);
+            }
+        }
+        let image =
+            if round % 2 == 0 { unix(&cluster, round % 4, "vm") } else { tcp(&cluster, round % 4, "vm") };
+        io(&image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
+        if round % 5 == 2 {
+            let tag = format!("s{round}");
+            cluster.dog_at(1, &["vdi", "snapshot", "vm", "-s", &tag], &[]).ok();
+            snapshots.push((tag, model.clone()));
+        }
+    }
+    eprintln!("{requests} requests");
+    snapshots.push((String::new(), model));
+    let output = cluster.dir().join("out.raw").display().to_string();
+    for (tag, model) in snapshots {
+        let name = if tag.is_empty() { "vm".to_owned() } else { format!("vm#{tag}") };
+        img(&["convert", "-f", "raw", "-O", "raw", &tcp(&cluster, 3, &name), &output]);
+        let bytes = fs::read(&output).expect("the image");
+        assert_eq!(bytes.len(), SIZE);
+        for (sector, (found, byte)) in bytes.chunks(SECTOR).zip(model).enumerate() {
+            assert!(
+                found.iter().all(|b| *b == byte),
+                "{name}, sector {sector}: not {byte} but {:?}",
+                &found[..8]
+            );
+        }
+    }
+    cluster.assert_replicas_equal(3);
+}
+
 /// fio over `qemu-nbd`, as users attach volumes to programs that know no Sheepdog, while snapshots are taken and a node
 /// dies.
 #[test]

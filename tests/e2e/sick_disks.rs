@@ -12,7 +12,7 @@ use sheepdog_proto::{Oid, Opcode, Request, ResultCode, VdiId};
 use sheepdog_testkit::binaries::system;
 use sheepdog_testkit::disk::set_size;
 use sheepdog_testkit::load::{Load, Region, Summary};
-use sheepdog_testkit::{Builder, Cluster, Vdi, in_own_mounts, wait};
+use sheepdog_testkit::{Builder, Client, Cluster, Vdi, in_own_mounts, wait};
 
 const BLOCK: u64 = 4 << 20;
 
@@ -102,6 +102,81 @@ fn a_full_disk_refuses_and_recovery_onto_it_does_not_end() {
         assert!(data == whole(block, 1), "block {block}");
     }
     cluster.nodes[3].disks.clear();
+}
+
+/// A snapshot for which there is no room, neither for the inode of the new working VDI nor for the counts in that of the
+/// snapshot: the VDI stays what it was, and nothing is left.
+#[test]
+fn a_snapshot_that_finds_no_room_leaves_the_vdi_as_it_was() {
+    if in_own_mounts("sick_disks::a_snapshot_that_finds_no_room_leaves_the_vdi_as_it_was") {
+        return;
+    }
+    let mut cluster = Builder::new(5).disks(1).copies(2).disk_size(1 << 30).start();
+    cluster.kill9(4);
+    cluster.wait_gathered();
+    cluster.wipe(4);
+    small_disk(&mut cluster, 4, 64, 1 << 30);
+    cluster.start(4);
+    cluster.wait_recovered();
+    let mut client = cluster.client();
+    client.set_timeout(Duration::from_secs(60)).expect("a longer timeout");
+    // One whose child has a home on the small disk, and one that has itself.
+    let mut names = (0..).map(|n| format!("vm{n}"));
+    let mut find = |cluster: &mut Cluster, client: &mut Client, base: bool| {
+        names.find_map(|name| {
+            let vid = client.create_vdi(&name, 8 * BLOCK).expect("create");
+            let on_it =
+                [vid, VdiId::new(vid.get() + 1)].map(|v| cluster.homes(Oid::inode(v), 2).contains(&4));
+            let data_elsewhere = (0..2).all(|block| !cluster.homes(Oid::data(vid, block), 2).contains(&4));
+            (on_it == [base, !base] && data_elsewhere).then_some((name, vid))
+        })
+    };
+    let found = [false, true].map(|base| find(&mut cluster, &mut client, base).expect("names enough"));
+    let mut open = Vec::new();
+    for (_, vid) in &found {
+        let mut vdi = Vdi::open(&mut client, *vid).expect("open");
+        vdi.write(&mut client, 0, &[1; 65536]).expect("write");
+        open.push(vdi);
+    }
+    let filler = cluster.nodes[4].disks[0].join("filler");
+    let mut file = fs::File::create(&filler).expect("a file");
+    while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    for ((name, vid), code) in found.iter().zip([ResultCode::VDI_WRITE, ResultCode::BASE_VDI_WRITE]) {
+        assert_eq!(client.snapshot(name, "s"), Err(code), "{name}");
+        assert_eq!(client.lookup(name, "", 0), Ok(*vid), "still the working VDI");
+        let header = client.inode(*vid).expect("its inode");
+        assert_eq!(header.snap_ctime, 0, "{name} is no snapshot");
+        assert!(client.grefs(*vid, 8).expect("counts").iter().all(|pair| *pair == (0, 0)), "{name}");
+        assert!(
+            cluster.holders(Oid::inode(VdiId::new(vid.get() + 1))).is_empty(),
+            "{name}: no child is left"
+        );
+    }
+    // Writable through every node, in a block that is there and in a new one.
+    for (vdi, (name, vid)) in open.iter_mut().zip(&found) {
+        for node in 0..5 {
+            let mut client = cluster.nodes[node].client();
+            let byte = node as u8 + 10;
+            let oid = Oid::data(*vid, 0);
+            wait("the announcement to be taken back", || {
+                client.write_obj(oid, 0, &[byte; 4096]).expect("an answer") != ResultCode::READONLY
+            });
+            let (response, data) = client.read_obj(oid, 0, 4096).expect("read");
+            assert!(response.result.is_ok() && data == [byte; 4096], "{name} at node {node}");
+        }
+        if !cluster.homes(Oid::inode(*vid), 2).contains(&4) {
+            vdi.write(&mut client, BLOCK, &[2; 4096]).expect("a new block");
+        }
+    }
+    cluster.assert_replicas_equal(2);
+    // With room it is taken.
+    drop(file);
+    fs::remove_file(&filler).expect("remove");
+    for (name, vid) in &found {
+        assert_eq!(client.snapshot(name, "s"), Ok(VdiId::new(vid.get() + 1)), "{name}");
+        assert_eq!(client.lookup(name, "s", 0), Ok(*vid), "{name}");
+    }
+    cluster.nodes[4].disks.clear();
 }
 
 /// A disk that turns bad under load: it leaves the node, the node stays in the same epoch, and what was on the disk comes

@@ -120,3 +120,32 @@ fn erasure_coded_data_survives_as_many_losses_as_there_are_parity_strips() {
     let check = cluster.dog(&["vdi", "check", "coded"]).ok();
     assert_eq!(check.trim(), "finish check&repair coded");
 }
+
+/// A deletion looks for memory that was saved, which may be on its way to its new homes when a node joins. It must not wait for
+/// that while the table of the joiner, for which recovery waits, waits for it: the whole cluster stood still.
+#[test]
+fn deletions_go_on_while_nodes_join() {
+    const VDIS: usize = 150;
+    let mut cluster = Cluster::new(4);
+    for round in 0..3 {
+        let mut client = cluster.nodes[0].client();
+        for i in 0..VDIS {
+            client.create_vdi(&format!("v{i}"), 4 << 20).expect("create");
+        }
+        let node = 1 + round;
+        cluster.kill9(node);
+        cluster.wait_recovered();
+        let deleting = std::thread::spawn(move || {
+            let gone = |i: &usize| {
+                let response = client.vdi_op(Opcode::DEL_VDI, &format!("v{i}"), None, VdiRequest::zeroed());
+                response.result == ResultCode::SUCCESS
+            };
+            (0..VDIS).filter(gone).count()
+        });
+        cluster.start(node);
+        cluster.wait_members(4);
+        assert!(!deleting.is_finished(), "the node joined too late to meet a deletion");
+        assert_eq!(deleting.join().expect("no deletion was left without an answer"), VDIS, "round {round}");
+        cluster.wait_recovered();
+    }
+}

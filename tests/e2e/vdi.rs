@@ -358,6 +358,49 @@ fn attributes_are_created_read_replaced_and_deleted() {
     assert_eq!(client.must(short, &[0; 100]).0.result, ResultCode::INVALID_PARMS);
 }
 
+/// Whoever creates an attribute exclusively at the same time through different nodes: one of them does, and its value is what
+/// all nodes then read.
+#[test]
+fn one_of_several_exclusive_creators_of_an_attribute_succeeds() {
+    const ROUNDS: usize = 120;
+    let mut cluster = Cluster::new(3);
+    cluster.client().create_vdi("test", 4 << 20).expect("create");
+    let start = std::sync::Barrier::new(3);
+    let create = |node: usize| {
+        let mut client = cluster.nodes[node].client();
+        client.set_timeout(std::time::Duration::from_secs(60)).expect("a longer timeout");
+        let flags = Flags::WRITE.with(Flags::ATTR_CREAT).with(Flags::ATTR_EXCL);
+        let request = Request::new(Opcode::GET_VDI_ATTR).flag(flags).length(ATTR_LEN);
+        let once = |round: usize| {
+            start.wait();
+            let value = format!("node {node}");
+            client.must(request, &attribute("test", &format!("key {round}"), value.as_bytes())).0
+        };
+        (0..ROUNDS).map(once).collect::<Vec<_>>()
+    };
+    let answers: Vec<Vec<_>> = std::thread::scope(|scope| {
+        let creators: Vec<_> = (0..3).map(|node| scope.spawn(move || create(node))).collect();
+        creators.into_iter().map(|creator| creator.join().expect("no panic")).collect()
+    });
+    let mut won = [0; 3];
+    for round in 0..ROUNDS {
+        let results = [0, 1, 2].map(|node: usize| answers[node][round].result);
+        let winners: Vec<usize> = (0..3).filter(|node| results[*node].is_ok()).collect();
+        let [winner] = winners[..] else { panic!("round {round}: {results:?}") };
+        let refused = results.iter().filter(|result| **result == ResultCode::VDI_EXIST).count();
+        assert_eq!(refused, 2, "round {round}: {results:?}");
+        won[winner] += 1;
+        let place = answers[winner][round].vdi();
+        for node in &cluster.nodes {
+            let oid = Oid::attr(place.vdi_id.get(), place.attr_id);
+            let (_, record) = node.client().read_obj(oid, 0, ATTR_LEN).expect("read");
+            let value = &record[AttrHeader::LEN..AttrHeader::LEN + 6];
+            assert_eq!(value, format!("node {winner}").as_bytes(), "round {round}");
+        }
+    }
+    assert!(won.iter().filter(|n| **n > 0).count() > 1, "they did not compete: {won:?}");
+}
+
 /// 05, 29 rule 8: a savevm that died before it wrote the size has left memory.
 #[test]
 fn saved_memory_goes_with_its_vdi_whatever_its_size_says() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use sheepdog_proto::header::{ObjRequest, RefRequest, VdiRequest, VdiStateRequest};
 use sheepdog_proto::inode::{GREF_OFFSET, INODE_HEADER_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, table_offset};
 use sheepdog_proto::{
-    CopyPolicy, Flags, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire,
+    CopyPolicy, Epoch, Flags, Oid, Opcode, Request, ResultCode, VDI_BITMAP_LEN, VdiId, VdiState, Wire,
 };
 use sheepdog_testkit::vdi::name_payload;
 use sheepdog_testkit::{Builder, Client, Cluster, Vdi, wait, wait_for};
@@ -606,4 +606,40 @@ fn redundancy_that_cannot_be_is_refused() {
     assert!(client.create_obj(oid, None, 0, &[1; 512]).expect("create").is_ok());
     let body = ObjRequest { oid, ..ObjRequest::zeroed() };
     assert!(client.must(Request::new(Opcode::READ_OBJ).with_obj(body).length(512), &[]).0.result.is_ok());
+}
+
+/// Whoever joins sees no event from before its join: a member that has not come so far must not be taken for one that knows
+/// no more. It would lack VDIs for good, and two of one name could be made.
+#[test]
+fn a_table_is_not_told_to_a_node_that_joined_later_than_its_teller_has_heard() {
+    let mut cluster = Cluster::new(3);
+    let mut client = cluster.nodes[0].client();
+    client.set_timeout(Duration::from_secs(30)).expect("a longer timeout");
+    let epoch = cluster.epoch(0).expect("it serves");
+    let ask = move |client: &mut Client, epoch| {
+        let body = ObjRequest { tgt_epoch: Epoch(epoch), ..ObjRequest::zeroed() };
+        let request = Request::new(Opcode::GET_VDI_COPIES).length(512 * VdiState::LEN).with_obj(body);
+        client.must(request, &[]).0
+    };
+    for reached in [0, epoch] {
+        assert_eq!(ask(&mut client, reached).result, ResultCode::SUCCESS);
+    }
+    assert_eq!(ask(&mut client, epoch + 1).result, ResultCode::AGAIN);
+    let asking = std::thread::spawn(move || {
+        loop {
+            let told = ask(&mut client, epoch + 1);
+            if told.result != ResultCode::AGAIN {
+                return (told, client);
+            }
+        }
+    });
+    cluster.kill9(2);
+    let (told, mut client) = asking.join().expect("no panic");
+    assert_eq!((told.result, told.epoch), (ResultCode::SUCCESS, Epoch(epoch + 1)));
+    assert_eq!(ask(&mut client, epoch + 2).result, ResultCode::AGAIN);
+    // A node that joins asks so, and gets what it needs.
+    let vid = client.create_vdi("before", 8 << 20).expect("create");
+    cluster.start(2);
+    cluster.wait_members(3);
+    wait("its table", || bits(&mut cluster.nodes[2].client(), Opcode::READ_VDIS) == [vid.get()]);
 }

@@ -23,6 +23,16 @@ pub struct Round {
     pub wildcard: bool,
 }
 
+/// Whose VDI tables are fetched.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Tables {
+    /// Of a node that joined, by a member.
+    OfJoiner(NodeId),
+    /// Of the other members, by this node, which joined in this epoch. In 0 the cluster did not run, and there was nothing to
+    /// miss.
+    OfMembers(Vec<NodeId>, Epoch),
+}
+
 /// What the task must do, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
@@ -48,8 +58,8 @@ pub enum Action {
     StashMoved(Epoch),
     /// Make the new state visible to requests.
     Publish,
-    /// Fetch VDI tables from these nodes; they are joiners' tables if the flag says so.
-    FetchVdis(Vec<NodeId>, bool),
+    /// Fetch VDI tables.
+    FetchVdis(Tables),
     /// Keep a copy of the lock states for a node that joins (as of this epoch).
     Checkpoint(Epoch),
     /// Learn the lock states of this epoch from the other members.
@@ -336,13 +346,14 @@ impl State {
     }
 
     fn fetch_tables(&self, node: &NodeRecord, is_me: bool, actions: &mut Vec<Action>) {
-        let from: Vec<NodeId> = if is_me {
-            self.members.iter().map(|n| n.nid).filter(|n| *n != self.me.nid).collect()
-        } else {
-            vec![node.nid]
-        };
-        if !from.is_empty() {
-            actions.push(Action::FetchVdis(from, !is_me));
+        if !is_me {
+            actions.push(Action::FetchVdis(Tables::OfJoiner(node.nid)));
+            return;
+        }
+        let others: Vec<NodeId> = self.members.iter().map(|n| n.nid).filter(|n| *n != self.me.nid).collect();
+        if !others.is_empty() {
+            let joined = if self.status == ClusterStatus::Ok { self.epoch() } else { Epoch(0) };
+            actions.push(Action::FetchVdis(Tables::OfMembers(others, joined)));
         }
     }
 

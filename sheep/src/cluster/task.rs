@@ -14,7 +14,7 @@ use sheepdog_proto::{
 use tokio::sync::{mpsc, watch};
 
 use super::handle::{Command, Submission};
-use super::state::{Action, State};
+use super::state::{Action, State, Tables};
 use super::worker::{Work, Worker};
 use crate::dispatch;
 use crate::recovery;
@@ -421,13 +421,9 @@ impl Task {
 
     /// Carries out actions in order. While they change what requests may rely on, no replica is written here.
     pub async fn act(&mut self, actions: Vec<Action>) {
-        if let Some(mine) = actions.iter().find_map(|a| match a {
-            Action::FetchVdis(_, joiners) => Some(!joiners),
-            _ => None,
-        }) && mine
-        {
+        if actions.iter().any(|a| matches!(a, Action::FetchVdis(Tables::OfMembers(..)))) {
             // Before anybody sees the new view.
-            self.sheep.tables.send_replace(false);
+            self.worker.joined(&self.sheep);
         }
         let published = actions.contains(&Action::Publish);
         if published {
@@ -480,7 +476,7 @@ impl Task {
             Action::StashAll => self.stash_all().await,
             Action::StashMoved(suffix) => self.stash_moved(suffix).await,
             Action::Publish => self.publish(),
-            Action::FetchVdis(nodes, joiners) => self.worker.push(Work::Fetch(nodes, joiners)),
+            Action::FetchVdis(tables) => self.worker.fetch(tables),
             Action::Checkpoint(epoch) => self.sheep.vdis.take_checkpoint(epoch),
             Action::CollectLocks(epoch) => {
                 self.sheep.vdis.set_collecting(true);

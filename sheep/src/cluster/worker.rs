@@ -1,7 +1,8 @@
 //! The ordered worker: fetches of VDI tables and work parts of cluster operations, one after another.
 //!
-//! They share one queue so that a VDI is never looked up or created between a node's join and the arrival of its table
-//! (spec 04, 5.6).
+//! No operation begins between a node's join and the arrival of its table, so that no VDI is looked up or created meanwhile
+//! (spec 04, 5.6). The tables of joiners do not wait for an operation that has begun, though: recovery waits for them, and the
+//! operation may wait for an object that is to be recovered here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,18 +10,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sheepdog_client::Reply;
-use sheepdog_proto::header::CheckpointRequest;
+use sheepdog_proto::header::{CheckpointRequest, ObjRequest};
 use sheepdog_proto::{Epoch, NodeId, Opcode, Request, Response, ResultCode, VdiId, VdiState, Wire};
 use tokio::sync::{mpsc, watch};
 
 use super::handle::Command;
+use super::state::Tables;
 use crate::dispatch;
 use crate::sheep::Sheep;
 use crate::vdi::locks::Lock;
 
 /// Deadline of one fetch.
 const FETCH_DEADLINE: Duration = Duration::from_secs(5);
-/// Attempts to fetch a joiner's table; a joiner tries for as long as the other is a member.
+/// Attempts to fetch a joiner's table.
 const MEMBER_ATTEMPTS: usize = 3;
 /// Rounds of asking for the lock states of an epoch; members may not have reached it yet.
 const LOCK_ATTEMPTS: u32 = 7;
@@ -31,8 +33,8 @@ const MAX_RECORDS: usize = 1 << 20;
 
 /// One piece of work.
 pub enum Work {
-    /// Fetch these nodes' tables; they are joiners' if the flag says so.
-    Fetch(Vec<NodeId>, bool),
+    /// Fetch the tables of these members, as of the epoch in which this node joined.
+    Fetch(Vec<NodeId>, Epoch),
     /// Learn the lock states as of an epoch and report to the cluster task.
     CollectLocks(Epoch),
     /// Run the work part of an operation and report to the cluster task, unless the mutex was lost more often than this.
@@ -43,24 +45,61 @@ pub enum Work {
 #[derive(Clone)]
 pub struct Worker {
     queue: mpsc::UnboundedSender<Work>,
-    fetches: watch::Sender<usize>,
+    /// Fetches of the members' tables to be done: more than one if this node joined again in between.
+    joins: watch::Sender<usize>,
+    /// Nodes that joined and whose tables are to be fetched.
+    joiners: mpsc::UnboundedSender<NodeId>,
+    /// How many they are.
+    waiting: watch::Sender<usize>,
     /// How often the mutex was lost with the session.
     losses: watch::Sender<u64>,
 }
 
 impl Worker {
-    /// The worker and its queue's other end, for [`run`].
-    pub fn new() -> (Worker, mpsc::UnboundedReceiver<Work>) {
-        let (queue, receiver) = mpsc::unbounded_channel();
-        (Worker { queue, fetches: watch::Sender::new(0), losses: watch::Sender::new(0) }, receiver)
+    /// The worker and its queues' other ends, for [`run`].
+    pub fn new() -> (Worker, Queues) {
+        let (queue, work) = mpsc::unbounded_channel();
+        let (joiners, joined) = mpsc::unbounded_channel();
+        let [joins, waiting] = [0, 0].map(watch::Sender::new);
+        let worker = Worker { queue, joins, joiners, waiting, losses: watch::Sender::new(0) };
+        (worker, Queues { work, joined })
     }
 
     /// Queues work. At most one operation and one fetch per membership event are ever queued.
     pub fn push(&self, work: Work) {
-        if matches!(work, Work::Fetch(..)) {
-            self.fetches.send_modify(|n| *n += 1);
-        }
         let _ = self.queue.send(work);
+    }
+
+    /// Fetches VDI tables; those of the members after [`Worker::joined`].
+    pub fn fetch(&self, tables: Tables) {
+        match tables {
+            Tables::OfMembers(nodes, joined) => self.push(Work::Fetch(nodes, joined)),
+            Tables::OfJoiner(node) => {
+                self.waiting.send_modify(|n| *n += 1);
+                let _ = self.joiners.send(node);
+            }
+        }
+    }
+
+    /// This node has joined and is about to queue a fetch of the members' tables: until that is done, and no later one is
+    /// to be, requests that need them wait.
+    pub fn joined(&self, sheep: &Sheep) {
+        self.joins.send_modify(|n| {
+            *n += 1;
+            sheep.tables.send_replace(false);
+            sheep.vdis.expect_records();
+        });
+    }
+
+    fn tables_fetched(&self, sheep: &Sheep) {
+        // At once with the counting: this node may be joining again.
+        self.joins.send_modify(|n| {
+            *n -= 1;
+            if *n == 0 {
+                sheep.vdis.records_arrived();
+                sheep.tables.send_replace(true);
+            }
+        });
     }
 
     /// Ends operations whose mutex is lost: others may change the same VDIs from now on. An operation that went on would
@@ -74,25 +113,43 @@ impl Worker {
         self.push(Work::Operation(*self.losses.borrow(), request, payload));
     }
 
-    /// Waits until every fetch queued so far has been done.
+    /// Waits until every fetch asked for so far has been done.
     pub async fn fetched(&self) {
-        // The sender lives in self.
-        let _ = self.fetches.subscribe().wait_for(|n| *n == 0).await;
+        // The senders live in self.
+        let _ = self.joins.subscribe().wait_for(|n| *n == 0).await;
+        self.joiners_fetched().await;
+    }
+
+    async fn joiners_fetched(&self) {
+        let _ = self.waiting.subscribe().wait_for(|n| *n == 0).await;
     }
 }
 
-/// Works the queue off, for ever.
-pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedReceiver<Work>) {
+/// The other ends of a worker's queues.
+pub struct Queues {
+    work: mpsc::UnboundedReceiver<Work>,
+    joined: mpsc::UnboundedReceiver<NodeId>,
+}
+
+/// Works the queues off, for ever.
+pub async fn run(sheep: Arc<Sheep>, worker: Worker, queues: Queues) {
+    let Queues { work: mut queue, mut joined } = queues;
+    tokio::spawn({
+        let (sheep, worker) = (sheep.clone(), worker.clone());
+        async move {
+            while let Some(node) = joined.recv().await {
+                fetch_of_joiner(&sheep, node).await;
+                worker.waiting.send_modify(|n| *n -= 1);
+            }
+        }
+    });
     while let Some(work) = queue.recv().await {
         match work {
-            Work::Fetch(nodes, joiners) => {
+            Work::Fetch(nodes, joined) => {
                 for node in nodes {
-                    fetch(&sheep, node, joiners).await;
+                    fetch_of_member(&sheep, &worker, node, joined).await;
                 }
-                if !joiners {
-                    sheep.tables.send_replace(true);
-                }
-                worker.fetches.send_modify(|n| *n -= 1);
+                worker.tables_fetched(&sheep);
             }
             Work::CollectLocks(epoch) => {
                 collect_locks(&sheep, epoch).await;
@@ -102,8 +159,11 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                 let mut lost = worker.losses.subscribe();
                 // In a task of its own: should it panic, the cluster must not stay blocked.
                 let mut work = tokio::spawn({
-                    let sheep = sheep.clone();
-                    async move { operation(&sheep, request, payload).await }
+                    let (sheep, worker) = (sheep.clone(), worker.clone());
+                    async move {
+                        worker.joiners_fetched().await;
+                        operation(&sheep, request, payload).await
+                    }
                 });
                 let lost = async {
                     // The sender lives in `worker`.
@@ -133,35 +193,65 @@ async fn operation(sheep: &Arc<Sheep>, request: Request, payload: Bytes) -> Repl
     }
 }
 
-async fn fetch(sheep: &Arc<Sheep>, node: NodeId, joiner: bool) {
-    let mut attempt = 0;
-    loop {
-        match fetch_once(sheep, node).await {
-            Ok(records) => {
-                records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
-                let epoch = sheep.views.epoch();
-                tokio::task::block_in_place(|| {
-                    records.iter().for_each(|r| sheep.recovery.altered.learn(r, epoch));
-                });
-                return;
+/// Adds what another node knows of VDIs.
+fn learn(sheep: &Sheep, records: &[VdiState], joiner: bool) {
+    records.iter().for_each(|r| sheep.vdis.add_record(r, joiner));
+    let epoch = sheep.views.epoch();
+    tokio::task::block_in_place(|| records.iter().for_each(|r| sheep.recovery.altered.learn(r, epoch)));
+}
+
+/// What a member takes from a joiner adds to what it knows, and may be missing.
+async fn fetch_of_joiner(sheep: &Arc<Sheep>, node: NodeId) {
+    for attempt in 1.. {
+        match fetch_once(sheep, node, Epoch(0)).await {
+            Ok(records) => return learn(sheep, &records, true),
+            Err(error) if attempt >= MEMBER_ATTEMPTS || !sheep.views.load().is_member(&node) => {
+                return tracing::error!("failed to get vdi bitmap from {node}: {error}");
             }
+            Err(_) => pause(attempt).await,
+        }
+    }
+}
+
+/// Learns what `node`, a member when this node joined, knows of VDIs. This node sees the events since its join; those before it
+/// are in the table of a member that has come as far in the order of events. One that has not does not answer, and is asked
+/// again as long as it is a member: a VDI whose NEW_VDI neither arrives as an event nor as an in-use bit would make this node
+/// end the probing of its name earlier than others do, for good.
+///
+/// Nobody waits for ever. A member's answer depends on how far its cluster task is and on nothing else: not on whether it has
+/// the tables of others itself, so that two nodes that collect tables answer each other. The cluster task never waits for
+/// tables: it queues fetches here, and a write gets its pass, for whose end the task waits, after the tables have come
+/// (`peer.rs`). A member that comes no further ends as a member, or this node does.
+///
+/// A member that joined again later, or has not all tables yet, answers with what it has: whatever was said before this node
+/// joined is known to those that have been members since, which are asked, too. If there are none, what nobody knows is no VDI.
+async fn fetch_of_member(sheep: &Arc<Sheep>, worker: &Worker, node: NodeId, joined: Epoch) {
+    for attempt in 1.. {
+        match fetch_once(sheep, node, joined).await {
+            Ok(records) => return learn(sheep, &records, false),
+            Err(error) if !sheep.views.load().is_member(&node) => {
+                return tracing::error!("failed to get vdi bitmap from {node}: {error}");
+            }
+            // It joined again meanwhile: what it needs is fetched next, from those who are members now.
+            Err(_) if *worker.joins.borrow() > 1 => return,
             Err(error) => {
-                attempt += 1;
-                let gone = !sheep.views.load().is_member(&node);
-                if gone || (joiner && attempt >= MEMBER_ATTEMPTS) {
-                    tracing::error!("failed to get vdi bitmap from {node}: {error}");
-                    return;
-                }
-                tokio::time::sleep(Duration::from_millis(100 << attempt.min(5))).await;
+                tracing::debug!("{node}: no VDI table as of epoch {joined}: {error}");
+                pause(attempt).await;
             }
         }
     }
 }
 
-async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId) -> Result<Vec<VdiState>, String> {
+async fn pause(attempt: usize) {
+    tokio::time::sleep(Duration::from_millis(50 << attempt.min(6))).await;
+}
+
+/// The records of a node that has reached `epoch`.
+async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId, epoch: Epoch) -> Result<Vec<VdiState>, String> {
     let mut capacity = FIRST_RECORDS;
     loop {
-        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN);
+        let body = ObjRequest { tgt_epoch: epoch, ..Default::default() };
+        let request = Request::new(Opcode::GET_VDI_COPIES).length(capacity * VdiState::LEN).with_obj(body);
         let reply = sheep.peers.call(&node, request, Bytes::new(), FETCH_DEADLINE).await;
         let reply = reply.map_err(|e| e.to_string())?;
         match reply.response.result {
@@ -254,7 +344,7 @@ async fn present_states(sheep: &Arc<Sheep>, nodes: &[NodeId]) -> HashMap<VdiId, 
     loop {
         let members = members_of(sheep, nodes);
         for node in &members {
-            match fetch_once(sheep, *node).await {
+            match fetch_once(sheep, *node, Epoch(0)).await {
                 Ok(records) => return records.into_iter().map(|record| (record.vid, record)).collect(),
                 Err(error) => tracing::warn!("failed to get lock states from {node}: {error}"),
             }

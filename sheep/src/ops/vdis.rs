@@ -1,19 +1,23 @@
 //! The VDI table on the wire, and work parts of VDI operations that only look things up.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use sheepdog_client::Reply;
 use sheepdog_proto::header::VdiResponse;
 use sheepdog_proto::inode::STORE_POLICY_BTREE;
-use sheepdog_proto::{ClusterFlags, Flags, Request, ResultCode, VDI_BITMAP_LEN, Wire};
+use sheepdog_proto::{ClusterFlags, Epoch, Flags, Request, ResultCode, VDI_BITMAP_LEN, Wire};
 
 use super::{list, result};
 use crate::sheep::Sheep;
 use crate::vdi::lookup::{Query, lookup};
 use crate::vdi::objects::read_lookup_header;
 use crate::vdi::{attr, create, delete};
+
+/// How long a node that joined waits for an answer of one that is behind before it asks again.
+const CATCH_UP: Duration = Duration::from_secs(1);
 
 fn bitmap(request: &Request, bits: Vec<u8>) -> Reply {
     if request.data_length as usize != VDI_BITMAP_LEN || request.flags.contains(Flags::WRITE) {
@@ -32,12 +36,22 @@ pub fn read_del_vdis<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> B
     Box::pin(async move { bitmap(&request, sheep.vdis.deleted_bitmap()) })
 }
 
-/// GET_VDI_COPIES.
+/// GET_VDI_COPIES. A node of this project that joins names the epoch of its join in the field of the target epoch: before this
+/// node has reached it, it may not know of VDIs that the other one will hear nothing of.
 pub fn get_vdi_copies<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFuture<'a, Reply> {
     Box::pin(async move {
+        if !has_reached(sheep, request.obj().tgt_epoch).await {
+            return result(&request, ResultCode::AGAIN);
+        }
         let records = sheep.vdis.records();
         list(&request, records.into_iter().flat_map(|r| sheep.recovery.altered.mark(r).encode()).collect())
     })
+}
+
+/// Waits a little until this node has reached an epoch. `false` = it has not.
+async fn has_reached(sheep: &Sheep, epoch: Epoch) -> bool {
+    let reached = sheep.views.until(|view| epoch == Epoch(0) || !view.epoch.is_before(epoch));
+    tokio::time::timeout(CATCH_UP, reached).await.is_ok()
 }
 
 /// VDI_STATE_CHECKPOINT_CTL: lock state of a joining node (spec 05, section 18).

@@ -10,27 +10,37 @@
 //! each other, if no VDI came to the family between the first and the second, the epoch is the same, and this node was
 //! awake. (Objects of a working VDI that are not in its table are left alone: a client creates an object before it
 //! enters it.)
+//!
+//! The same holds for hypervolumes and their indexes, which are changed by clients alone: a client takes entries of others out
+//! and puts none in, and an index is copied as a table is. An index of several nodes is read so that an entry that moves
+//! from one to another meanwhile is seen ([`tree::for_each_name`]); one that cannot be read in full keeps everything. Two
+//! writers of one hypervolume, which need `-l` to be kept from each other, may undo each other's entries.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sheepdog_proto::inode::{self, INODE_HEADER_LEN, InodeHeader, STORE_POLICY_FLAT, table_offset};
-use sheepdog_proto::{ObjectKind, Oid, ResultCode, VdiId, Wire};
+use sheepdog_proto::inode::{
+    self, INODE_HEADER_LEN, InodeHeader, STORE_POLICY_BTREE, STORE_POLICY_FLAT, table_offset,
+};
+use sheepdog_proto::{MAX_DATA_OBJS, ObjectKind, Oid, ResultCode, VdiId, Wire};
 use sheepdog_store::Replica;
 
 use super::orphans::{Family, Occasion, remove};
+use super::tree;
 use crate::sheep::Sheep;
 
 /// Between the two looks: longer than an announcement of a new VDI may be on its way to this node.
 const APART: Duration = Duration::from_secs(30);
 /// Table entries read at once.
 const STEP: u32 = 1 << 16;
+/// Between looks at hypervolumes, though nothing has happened: nobody is told when a block is overwritten.
+const LATER: Duration = Duration::from_secs(600);
 /// A look that took so long is not repeated for this many times as long.
 const REST: u32 = 100;
 
-/// The blocks that are looked for, by the VDI that owns them and their number, and what this node has of each.
-type Wanted = BTreeMap<(VdiId, u32), Vec<Replica>>;
+/// The blocks and index nodes that are looked for, and what this node has of each.
+type Wanted = BTreeMap<Oid, Vec<Replica>>;
 
 /// What the first look found.
 struct Suspects {
@@ -49,6 +59,8 @@ pub(super) struct Leaks {
     looked: Option<(Occasion, Instant)>,
     /// It has not looked at what happened last.
     behind: bool,
+    /// There are hypervolumes.
+    hyper: bool,
 }
 
 impl Leaks {
@@ -56,7 +68,10 @@ impl Leaks {
     pub(super) fn is_due(&self) -> bool {
         match &self.suspects {
             Some(first) => first.at.elapsed() >= APART,
-            None => self.behind && self.looked.is_none_or(|(_, again)| Instant::now() >= again),
+            None => {
+                let again = |late| self.looked.is_none_or(|(_, again)| Instant::now() >= again + late);
+                (self.behind && again(Duration::ZERO)) || (self.hyper && again(LATER))
+            }
         }
     }
 
@@ -83,8 +98,10 @@ pub(super) async fn pass(
         return if leaked.is_empty() { Ok(0) } else { remove(sheep, leaked, occasion.epoch).await };
     }
     let mut found = Vec::new();
+    leaks.hyper = false;
     for Family { members, replicas, .. } in living {
-        let unnamed = unnamed(sheep, &members, replicas).await;
+        let (unnamed, hyper) = unnamed(sheep, &members, replicas).await;
+        leaks.hyper |= hyper;
         if !unnamed.is_empty() {
             found.push((members, unnamed.into_iter().collect()));
         }
@@ -102,30 +119,27 @@ async fn still_unnamed(sheep: &Arc<Sheep>, first: Suspects, living: Vec<Family>)
         let before = first.found.iter().find(|(then, _)| *then == members);
         if let Some((_, suspects)) = before {
             let replicas = replicas.into_iter().filter(|replica| suspects.contains(replica)).collect();
-            leaked.extend(unnamed(sheep, &members, replicas).await);
+            leaked.extend(unnamed(sheep, &members, replicas).await.0);
         }
     }
     leaked
 }
 
-/// Those of the replicas that certainly no table of the family names.
-async fn unnamed(sheep: &Arc<Sheep>, members: &[VdiId], replicas: Vec<Replica>) -> Vec<Replica> {
-    match read_tables(sheep, members, wanted(replicas)).await {
-        Ok(left) => left.into_values().flatten().collect(),
+/// Those of the replicas that certainly no table of the family names, and whether there may be hypervolumes in it.
+async fn unnamed(sheep: &Arc<Sheep>, members: &[VdiId], replicas: Vec<Replica>) -> (Vec<Replica>, bool) {
+    let mut wanted = wanted(replicas);
+    match read_tables(sheep, members, &mut wanted).await {
+        Ok(hyper) => (wanted.into_values().flatten().collect(), hyper),
         Err(code) => {
             tracing::debug!("cannot tell what VDI {} and its family name: {code}", members[0]);
-            Vec::new()
+            (Vec::new(), true)
         }
     }
 }
 
-/// Crosses out what the tables of a family name, or may name.
-async fn read_tables(
-    sheep: &Arc<Sheep>,
-    members: &[VdiId],
-    mut wanted: Wanted,
-) -> Result<Wanted, ResultCode> {
-    let mut with_tables = Vec::new();
+/// Crosses out what the tables or indexes of a family name, or may name. Whether there are hypervolumes in it.
+async fn read_tables(sheep: &Arc<Sheep>, members: &[VdiId], wanted: &mut Wanted) -> Result<bool, ResultCode> {
+    let (mut flat, mut hyper) = (Vec::new(), Vec::new());
     for vid in members {
         let header = match sheep.gateway.read_object(sheep, Oid::inode(*vid), 0, INODE_HEADER_LEN).await {
             Ok(bytes) => InodeHeader::get(&bytes),
@@ -133,38 +147,58 @@ async fn read_tables(
             Err(ResultCode::NO_OBJ) => continue,
             Err(code) => return Err(code),
         };
-        if header.store_policy != STORE_POLICY_FLAT {
-            return Ok(Wanted::new()); // blocks of hypervolumes go with the last VDI of their family
+        let is_deleted = header.is_deleted();
+        if !is_deleted {
+            wanted.retain(|oid, _| oid.vid() != *vid);
         }
-        if !header.is_deleted() {
-            wanted.retain(|(owner, _), _| owner != vid);
-        }
-        with_tables.push(*vid);
-    }
-    for vid in with_tables {
-        let mut blocks = wanted.keys().map(|(_, block)| *block);
-        let Some(first) = blocks.next() else { break };
-        let (first, last) =
-            blocks.fold((first, first), |(low, high), block| (low.min(block), high.max(block)));
-        for from in (first..=last).step_by(STEP as usize) {
-            let begun = Instant::now();
-            let len = (last - from + 1).min(STEP) as usize * 4;
-            let bytes = sheep.gateway.read_object(sheep, Oid::inode(vid), table_offset(from), len).await?;
-            strike(&mut wanted, from, inode::table(&bytes).iter().map(|owner| owner.get()));
-            // Clients first.
-            tokio::time::sleep(begun.elapsed()).await;
+        match header.store_policy {
+            STORE_POLICY_FLAT => flat.push(*vid),
+            STORE_POLICY_BTREE if is_deleted => {} // its index went with its name
+            STORE_POLICY_BTREE => hyper.push(*vid),
+            other => {
+                tracing::warn!("{vid:?}: unknown store policy {other}");
+                return Err(ResultCode::INVALID_PARMS);
+            }
         }
     }
-    Ok(wanted)
+    for vid in flat {
+        read_table(sheep, vid, wanted).await?;
+    }
+    for vid in &hyper {
+        if wanted.is_empty() {
+            break;
+        }
+        tree::for_each_name(sheep, *vid, |oid| drop(wanted.remove(&oid))).await?;
+    }
+    Ok(!hyper.is_empty())
 }
 
-/// Data objects and their ledgers, by block.
+async fn read_table(sheep: &Arc<Sheep>, vid: VdiId, wanted: &mut Wanted) -> Result<(), ResultCode> {
+    let mut blocks = wanted.keys().filter(|oid| oid.is_data()).map(|oid| oid.index());
+    let Some(first) = blocks.next() else { return Ok(()) };
+    let (first, last) = blocks.fold((first, first), |(low, high), block| (low.min(block), high.max(block)));
+    let last = last.min(MAX_DATA_OBJS as u32 - 1); // a table names no other blocks
+    for from in (first..=last).step_by(STEP as usize) {
+        let begun = Instant::now();
+        let len = (last - from + 1).min(STEP) as usize * 4;
+        let bytes = sheep.gateway.read_object(sheep, Oid::inode(vid), table_offset(from), len).await?;
+        strike(wanted, from, inode::table(&bytes).iter().map(|owner| owner.get()));
+        // Clients first.
+        tokio::time::sleep(begun.elapsed()).await;
+    }
+    Ok(())
+}
+
+/// Blocks with their ledgers, and nodes of indexes.
 fn wanted(replicas: Vec<Replica>) -> Wanted {
     let mut wanted = Wanted::new();
     for replica in replicas {
-        if matches!(replica.oid.kind(), ObjectKind::Data | ObjectKind::Ledger) {
-            wanted.entry((replica.oid.vid(), replica.oid.index())).or_default().push(replica);
-        }
+        let named = match replica.oid.kind() {
+            ObjectKind::Data | ObjectKind::Btree => replica.oid,
+            ObjectKind::Ledger => replica.oid.data_of_ledger(),
+            _ => continue,
+        };
+        wanted.entry(named).or_default().push(replica);
     }
     wanted
 }
@@ -172,7 +206,7 @@ fn wanted(replicas: Vec<Replica>) -> Wanted {
 /// Crosses out the blocks that a part of a table names, which begins with block `from`.
 fn strike(wanted: &mut Wanted, from: u32, owners: impl Iterator<Item = u32>) {
     for (index, owner) in (from..).zip(owners).filter(|(_, owner)| *owner != 0) {
-        wanted.remove(&(VdiId::new(owner), index));
+        wanted.remove(&Oid::data(VdiId::new(owner), index));
     }
 }
 
@@ -185,12 +219,14 @@ mod tests {
         let vid = VdiId::new(7);
         let [named, other, late] = [3, 4, 70_000].map(|index| Oid::data(vid, index));
         let replica = |oid| Replica { oid, strip: None };
-        let oids = [named, Oid::ledger_of(named), other, Oid::ledger_of(other), late, Oid::vmstate(vid, 3)];
+        let node = Oid::btree(vid, 3);
+        let ledgers = [named, other].map(Oid::ledger_of);
+        let oids = [named, ledgers[0], other, ledgers[1], late, node, Oid::vmstate(vid, 3)];
         let mut wanted = wanted(oids.map(replica).to_vec());
-        assert_eq!(wanted.len(), 3, "not the saved memory");
+        assert_eq!(wanted.len(), 4, "not the saved memory");
         // Block 3 is named, block 4 is another VDI's.
         strike(&mut wanted, 2, [0, 7, 8, 0].into_iter());
         let left: Vec<Oid> = wanted.into_values().flatten().map(|r| r.oid).collect();
-        assert_eq!(left, [other, Oid::ledger_of(other), late]);
+        assert_eq!(left, [other, Oid::ledger_of(other), late, node]);
     }
 }

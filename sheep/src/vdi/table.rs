@@ -2,7 +2,8 @@
 //!
 //! Changed only by the cluster task (in event order, so equal on all nodes) and by the start-up scan; read by every
 //! request. Records merge monotonically: `snapshot` and `deleted` go from no to yes only (mandated deviation 9); an announced
-//! snapshot that nobody made is the exception (`vdi/unfinished.rs`).
+//! snapshot that nobody made is the exception (`vdi/unfinished.rs`). A node that joins applies what it was told since then on top
+//! of the tables that it gets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -105,6 +106,22 @@ struct Tables {
     /// Working VDIs that were announced as snapshots, until the snapshot is made: by whom, and which announcement.
     unfinished: BTreeMap<VdiId, (NodeId, u64)>,
     announcements: u64,
+    /// What was told since this node joined, until the tables of the members have arrived.
+    told: Option<Vec<Change>>,
+}
+
+/// What every node is told of VDIs.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    /// By whom; the VDI that becomes a snapshot, the new one, and whether its in-use bit is set at once.
+    Announced(NodeId, VdiId, VdiId, Redundancy, bool),
+    Finished(NodeId),
+    InUse(VdiId),
+    Deleted(VdiId),
+    /// Copies and log2 of the block size.
+    Altered(VdiId, u8, u8),
+    Recycled(VdiId),
+    Cleared,
 }
 
 /// See the module's documentation.
@@ -139,6 +156,7 @@ impl Default for VdiTable {
                 moved_locks: BTreeMap::new(),
                 unfinished: BTreeMap::new(),
                 announcements: 0,
+                told: None,
             }),
             checkpoints: Mutex::default(),
             collecting: AtomicBool::new(false),
@@ -150,9 +168,30 @@ impl Default for VdiTable {
 impl VdiTable {
     /// Forgets everything (MAKE_FS).
     pub fn clear(&self) {
-        let fresh = VdiTable::default().tables.into_inner();
-        *self.tables.write() = fresh;
+        self.change(Change::Cleared);
         self.checkpoints.lock().clear();
+    }
+
+    /// This node has joined, and the tables of the members are on their way. A member may tell its table before it applies
+    /// what is told next: that is older than what this node has heard by the time it arrives.
+    pub fn expect_records(&self) {
+        self.tables.write().told = Some(Vec::new());
+    }
+
+    /// The tables of the members have arrived: what was told meanwhile counts, and comes on top.
+    pub fn records_arrived(&self) {
+        let mut t = self.tables.write();
+        for change in t.told.take().unwrap_or_default() {
+            t.apply(change);
+        }
+    }
+
+    fn change(&self, change: Change) {
+        let mut t = self.tables.write();
+        if let Some(told) = &mut t.told {
+            told.push(change);
+        }
+        t.apply(change);
     }
 
     fn note_shift(&self, shift: u8) {
@@ -225,44 +264,12 @@ impl VdiTable {
     /// NOTIFY_VDI_ADD by `node`: `old` becomes a snapshot, `new` is registered (spec 05, section 15).
     pub fn announce(&self, node: NodeId, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
         self.note_shift(redundancy.block_size_shift);
-        let mut guard = self.tables.write();
-        let t = &mut *guard;
-        t.announcements += 1;
-        if let Some(entry) = t.entries.get_mut(&old) {
-            // A second announcement of one that is not finished leaves nothing to take back for the first.
-            let first = !std::mem::replace(&mut entry.snapshot, true);
-            if first {
-                entry.snapshot_since = Some(Instant::now());
-            }
-            if first || t.unfinished.contains_key(&old) {
-                t.unfinished.insert(old, (node, t.announcements));
-            }
-        }
-        if new.is_none() {
-            return;
-        }
-        if set_bitmap {
-            t.in_use.set(new.get() as usize, true);
-        }
-        let lock = t.entries.get(&new).map_or(Lock::Unlocked, |e| e.lock.clone());
-        t.entries.insert(
-            new,
-            Entry {
-                nr_copies: redundancy.copies,
-                copy_policy: redundancy.policy.to_byte(),
-                block_size_shift: redundancy.block_size_shift,
-                snapshot: false,
-                snapshot_since: None,
-                deleted: false,
-                parent: old,
-                lock,
-            },
-        );
+        self.change(Change::Announced(node, old, new, redundancy, set_bitmap));
     }
 
     /// What `node` announced as snapshots is made (NEW_VDI).
     pub fn finish(&self, node: NodeId) {
-        self.tables.write().unfinished.retain(|_, (by, _)| *by != node);
+        self.change(Change::Finished(node));
     }
 
     /// Working VDIs that `node` announced as snapshots and did not make snapshots of.
@@ -292,34 +299,22 @@ impl VdiTable {
 
     /// Sets the in-use bit (NEW_VDI).
     pub fn set_in_use(&self, vid: VdiId) {
-        self.tables.write().in_use.set(vid.get() as usize, true);
+        self.change(Change::InUse(vid));
     }
 
     /// Sets the deleted bit and flag (DEL_VDI).
     pub fn set_deleted(&self, vid: VdiId) {
-        let mut t = self.tables.write();
-        t.deleted.set(vid.get() as usize, true);
-        if let Some(entry) = t.entries.get_mut(&vid) {
-            entry.deleted = true;
-        }
+        self.change(Change::Deleted(vid));
     }
 
     /// ALTER_VDI_COPY.
     pub fn alter_copies(&self, vid: VdiId, copies: u8, block_size_shift: u8) {
-        if let Some(entry) = self.tables.write().entries.get_mut(&vid) {
-            entry.nr_copies = copies;
-            entry.block_size_shift = block_size_shift;
-        }
+        self.change(Change::Altered(vid, copies, block_size_shift));
     }
 
     /// Forgets a vid for good (-R).
     pub fn recycle(&self, vid: VdiId) {
-        let mut t = self.tables.write();
-        t.in_use.set(vid.get() as usize, false);
-        t.deleted.set(vid.get() as usize, false);
-        t.entries.remove(&vid);
-        t.moved_locks.retain(|from, to| *from != vid && *to != vid);
-        t.unfinished.remove(&vid);
+        self.change(Change::Recycled(vid));
     }
 
     /// The family of `vid` (everything connected by parents) if every member is deleted (spec 05, section 12).
@@ -570,6 +565,73 @@ enum Merge {
 }
 
 impl Tables {
+    fn apply(&mut self, change: Change) {
+        match change {
+            Change::Announced(node, old, new, redundancy, set_bitmap) => {
+                self.announce(node, old, new, redundancy, set_bitmap);
+            }
+            Change::Finished(node) => self.unfinished.retain(|_, (by, _)| *by != node),
+            Change::InUse(vid) => self.in_use.set(vid.get() as usize, true),
+            Change::Deleted(vid) => {
+                self.deleted.set(vid.get() as usize, true);
+                if let Some(entry) = self.entries.get_mut(&vid) {
+                    entry.deleted = true;
+                }
+            }
+            Change::Altered(vid, copies, block_size_shift) => {
+                if let Some(entry) = self.entries.get_mut(&vid) {
+                    entry.nr_copies = copies;
+                    entry.block_size_shift = block_size_shift;
+                }
+            }
+            Change::Recycled(vid) => {
+                self.in_use.set(vid.get() as usize, false);
+                self.deleted.set(vid.get() as usize, false);
+                self.entries.remove(&vid);
+                self.moved_locks.retain(|from, to| *from != vid && *to != vid);
+                self.unfinished.remove(&vid);
+            }
+            Change::Cleared => {
+                let told = self.told.take();
+                *self = Tables { told, ..VdiTable::default().tables.into_inner() };
+            }
+        }
+    }
+
+    fn announce(&mut self, node: NodeId, old: VdiId, new: VdiId, redundancy: Redundancy, set_bitmap: bool) {
+        self.announcements += 1;
+        if let Some(entry) = self.entries.get_mut(&old) {
+            // A second announcement of one that is not finished leaves nothing to take back for the first.
+            let first = !std::mem::replace(&mut entry.snapshot, true);
+            if first {
+                entry.snapshot_since = Some(Instant::now());
+            }
+            if first || self.unfinished.contains_key(&old) {
+                self.unfinished.insert(old, (node, self.announcements));
+            }
+        }
+        if new.is_none() {
+            return;
+        }
+        if set_bitmap {
+            self.in_use.set(new.get() as usize, true);
+        }
+        let lock = self.entries.get(&new).map_or(Lock::Unlocked, |e| e.lock.clone());
+        self.entries.insert(
+            new,
+            Entry {
+                nr_copies: redundancy.copies,
+                copy_policy: redundancy.policy.to_byte(),
+                block_size_shift: redundancy.block_size_shift,
+                snapshot: false,
+                snapshot_since: None,
+                deleted: false,
+                parent: old,
+                lock,
+            },
+        );
+    }
+
     fn merge(&mut self, vid: VdiId, new: Entry, rule: Merge) {
         let Some(old) = self.entries.get_mut(&vid) else {
             self.entries.insert(vid, new);
@@ -640,6 +702,23 @@ mod tests {
         assert_eq!(range, ProbeRange { candidates: vec![vid(1), vid(0xff_ffff)], free: Some(vid(2)) });
     }
 
+    /// FULL_VDI: no id is left, wherever probing begins; one that is given back is found from everywhere.
+    #[test]
+    fn probing_a_full_table_finds_no_id() {
+        let table = VdiTable::default();
+        (1..NR_VDIS as u32).for_each(|v| table.set_in_use(vid(v)));
+        for name_hash in [0, 1, 5, 0xff_ffff] {
+            let range = table.probe(name_hash);
+            assert_eq!((range.free, range.candidates.len()), (None, NR_VDIS - 1), "{name_hash:x}");
+        }
+        assert_eq!(table.probe_recycled().free, None);
+        table.recycle(vid(7));
+        for name_hash in [0, 1, 7, 8, 0xff_ffff] {
+            assert_eq!(table.probe(name_hash).free, Some(vid(7)), "{name_hash:x}");
+        }
+        assert_eq!(table.probe_recycled().free, Some(vid(7)));
+    }
+
     #[test]
     fn a_stale_record_never_clears_snapshot_or_deleted() {
         let table = VdiTable::default();
@@ -653,6 +732,38 @@ mod tests {
         }
         assert!(table.get(vid(5)).is_some_and(|e| e.snapshot));
         assert!(table.get(vid(6)).is_some_and(|e| e.deleted));
+    }
+
+    #[test]
+    fn what_was_told_while_tables_are_on_their_way_counts_more_than_they_do() {
+        let (member, joiner) = (VdiTable::default(), VdiTable::default());
+        for v in [1, 2, 3, 4] {
+            member.announce(NodeId::zeroed(), VdiId::NONE, vid(v), rep(3), true);
+        }
+        joiner.expect_records();
+        let before = member.records();
+        for table in [&member, &joiner] {
+            table.announce(NodeId::zeroed(), vid(1), vid(5), rep(2), false);
+            table.finish(NodeId::zeroed());
+            table.set_in_use(vid(5));
+            table.set_deleted(vid(2));
+            table.alter_copies(vid(3), 1, 22);
+            table.recycle(vid(4));
+        }
+        before.iter().for_each(|record| joiner.add_record(record, false));
+        joiner.records_arrived();
+        assert_eq!(joiner.records(), member.records());
+        assert_eq!(joiner.in_use_bitmap(), member.in_use_bitmap());
+        assert_eq!(joiner.deleted_bitmap(), member.deleted_bitmap());
+        assert_eq!(joiner.unfinished_of(NodeId::zeroed()), []);
+        // A format leaves nothing of what was there before it.
+        joiner.expect_records();
+        joiner.clear();
+        joiner.set_in_use(vid(9));
+        before.iter().for_each(|record| joiner.add_record(record, false));
+        joiner.records_arrived();
+        assert_eq!((joiner.vids(), joiner.probe(1).free), (vec![], Some(vid(1))));
+        assert_eq!(joiner.probe(9).free, Some(vid(10)));
     }
 
     #[test]

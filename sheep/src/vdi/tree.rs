@@ -5,11 +5,12 @@
 //! the same family are looked through. That is exact, because only a derivation adds references to blocks of others, and
 //! derivations and deletions exclude each other in the whole cluster. What nobody names then, nobody will ever name
 //! again: it may be removed at any time. A block that was overwritten in a VDI after its
-//! owner was deleted has nobody to find it; it goes with the last VDI of the family ([`super::orphans`]).
+//! owner was deleted, and one whose removal the end of a node cut short, is found by [`super::leaks`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -40,6 +41,57 @@ async fn read_leaf(sheep: &Arc<Sheep>, oid: Oid) -> Result<Vec<LeafEntry>, Resul
         },
         Err(ResultCode::NO_OBJ) => Ok(Vec::new()),
         Err(code) => Err(code),
+    }
+}
+
+/// A node that certainly is one.
+async fn read_for_certain(sheep: &Arc<Sheep>, oid: Oid, offset: usize) -> Result<BtreeNode, ResultCode> {
+    let bytes = sheep.gateway.read_object(sheep, oid, offset as u64, BTREE_NODE_LEN).await?;
+    BtreeNode::decode_checked(&bytes).ok_or_else(|| {
+        tracing::warn!("{oid}: no node of a hypervolume's index");
+        ResultCode::EIO
+    })
+}
+
+/// Tells `name` of every object that the index of `vid` names from now to the end; fails if it cannot be read in full.
+///
+/// The index may change meanwhile, entry by entry or by splits. A split moves entries into a node that is new, and writes it
+/// first, then the root that names it, then the node that it was split from (`IndexTree::take_writes`). So an entry that is
+/// missing in a node that was read because it has moved is in one that the root names afterwards: the root is read again until it
+/// names no node that was not read.
+pub async fn for_each_name(
+    sheep: &Arc<Sheep>,
+    vid: VdiId,
+    mut name: impl FnMut(Oid) + Send,
+) -> Result<(), ResultCode> {
+    let mut read = BTreeSet::new();
+    let mut tell = |oids: &mut dyn Iterator<Item = Oid>| oids.for_each(&mut name);
+    let blocks = |entries: Vec<LeafEntry>| {
+        let used = entries.into_iter().filter(|entry| entry.vdi_id != 0);
+        used.map(|entry| Oid::data(VdiId::new(entry.vdi_id), entry.idx))
+    };
+    loop {
+        let leaves = match read_for_certain(sheep, Oid::inode(vid), TABLE_OFFSET).await? {
+            BtreeNode::Leaf(entries) => {
+                tell(&mut blocks(entries));
+                return Ok(());
+            }
+            BtreeNode::Inner(leaves) => leaves,
+        };
+        let new: Vec<Oid> = leaves.iter().map(|leaf| leaf.oid).filter(|oid| read.insert(*oid)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        tell(&mut new.iter().copied());
+        for oid in new {
+            let begun = Instant::now();
+            match read_for_certain(sheep, oid, 0).await? {
+                BtreeNode::Leaf(entries) => tell(&mut blocks(entries)),
+                BtreeNode::Inner(_) => return Err(ResultCode::EIO), // no writer makes a third level
+            }
+            // Clients first.
+            tokio::time::sleep(begun.elapsed()).await;
+        }
     }
 }
 

@@ -125,8 +125,12 @@ fn every_membership_event_raises_the_epoch_by_one_and_recovers_from_the_one_befo
     assert_eq!(epochs(&states), [3, 3, 3]);
     assert!(actions[2].contains(&Action::StashAll), "the returning node's objects may be outdated");
     assert!(!actions[0].contains(&Action::StashAll));
-    assert!(actions[0].iter().any(|a| matches!(a, Action::FetchVdis(_, true))));
-    assert!(actions[2].iter().any(|a| matches!(a, Action::FetchVdis(from, false) if from.len() == 2)));
+    assert!(actions[0].iter().any(|a| matches!(a, Action::FetchVdis(Tables::OfJoiner(_)))));
+    let asked = |epoch| move |action: &Action| matches!(action, Action::FetchVdis(Tables::OfMembers(from, e)) if (from.len(), *e) == (2, epoch));
+    assert!(
+        actions[2].iter().any(asked(Epoch(3))),
+        "what was said before its join is in tables of this epoch"
+    );
 }
 
 #[test]

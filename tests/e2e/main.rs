@@ -29,6 +29,7 @@ mod returning;
 mod safety;
 mod scale;
 mod scenarios;
+mod sharing;
 mod sick_disks;
 mod stalls;
 mod tgt;

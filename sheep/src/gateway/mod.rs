@@ -203,11 +203,11 @@ async fn write(
     let len = payload.len() as u64;
     check_range(offset, len, oid.size(redundancy.block_size_shift))?;
     if request.opcode == Opcode::CREATE_AND_WRITE_OBJ {
-        return if request.flags.contains(Flags::COW) {
-            copy_on_write(sheep, oid, body.cow_oid, offset, payload).await
-        } else {
-            sheep.gateway.create_object(sheep, oid, offset, payload).await
+        let new = match request.flags.contains(Flags::COW) {
+            true => copy_on_write(sheep, oid, body.cow_oid, offset, payload).await?,
+            false => NewObject { offset, new: 0..payload.len(), data: payload },
         };
+        return create(sheep, oid, new).await;
     }
     if oid.is_inode() && offset >= TABLE_OFFSET as u64 && offset < GREF_OFFSET as u64 {
         if !is_table_update(offset, len) || !offset.is_multiple_of(4) || !len.is_multiple_of(4) {
@@ -228,25 +228,42 @@ async fn write(
     sheep.gateway.write_object(sheep, oid, offset, payload).await
 }
 
-/// Creates `oid` from the whole of `base`, overlaid by `payload` (spec 06, 6.5).
+/// What a creation makes of an object, and the part of it that the client wrote.
+struct NewObject {
+    offset: u64,
+    data: Bytes,
+    new: Range<usize>,
+}
+
+/// Creates an object. Of a VDI that is shared another client may have created it a moment ago, and its table told neither of
+/// them: what that one wrote stays (spec 05, 17). Who has a VDI alone replaces what is there.
+async fn create(sheep: &Arc<Sheep>, oid: Oid, object: NewObject) -> Result<(), ResultCode> {
+    let NewObject { offset, data, new } = object;
+    if oid.is_data() && sheep.vdis.with_lock(oid.vid(), |lock| lock.is_shared()) == Some(true) {
+        return sheep.gateway.add_to_object(sheep, oid, offset, data, new).await;
+    }
+    sheep.gateway.create_object(sheep, oid, offset, data).await
+}
+
+/// The whole of `base`, overlaid by `payload` (spec 06, 6.5).
 async fn copy_on_write(
     sheep: &Arc<Sheep>,
     oid: Oid,
     base: Oid,
     offset: u64,
     payload: Bytes,
-) -> Result<(), ResultCode> {
+) -> Result<NewObject, ResultCode> {
     let view = sheep.views.load();
     let size = sheep.size_of(oid, &view);
+    let new = offset as usize..offset as usize + payload.len();
     if payload.len() as u64 == size {
-        return sheep.gateway.create_object(sheep, oid, 0, payload).await;
+        return Ok(NewObject { offset: 0, data: payload, new });
     }
     let base_size = sheep.size_of(base, &view).min(size) as usize;
     let old = sheep.gateway.read_object(sheep, base, 0, base_size).await?;
     let mut whole = sheepdog_buffer::PageBuf::dirty(size as usize);
     whole[..base_size].copy_from_slice(&old);
     whole[base_size..].fill(0);
-    let at: Range<usize> = offset as usize..offset as usize + payload.len();
-    whole[at].copy_from_slice(&payload);
-    sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
+    whole[new.clone()].copy_from_slice(&payload);
+    Ok(NewObject { offset: 0, data: whole.freeze(), new })
 }

@@ -41,6 +41,8 @@ pub enum Recovered {
     Replaced,
     /// Not now; the reason.
     Later(String),
+    /// Fewer strips than the code needs are left, this many, and there are no others.
+    TooFew(usize),
 }
 
 /// What one epoch's homes said.

@@ -352,23 +352,26 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
 }
 
 async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
-    match recover(sheep, active, oid).await {
-        Recovered::Here | Recovered::Nowhere => active.done(oid),
+    let recovered = recover(sheep, active, oid).await;
+    active.note_fruitless(oid, matches!(recovered, Recovered::TooFew(_)));
+    let reason = match recovered {
+        Recovered::Here | Recovered::Nowhere => return active.done(oid),
         // The gate was closed for a moment without a new epoch: the object is still to do.
         Recovered::Replaced if !active.is_replaced() => {
             if !put_off(active, oid, None) {
                 active.work.lock().urgent.push_back(oid);
             }
+            return;
         }
-        Recovered::Replaced => {}
-        Recovered::Later(reason) => {
-            tracing::debug!("{oid} is not recovered yet: {reason}");
-            if !put_off(active, oid, Some(reason)) {
-                tokio::time::sleep(PASS_PAUSE.0).await;
-                active.work.lock().urgent.push_back(oid);
-                active.wake.notify_one();
-            }
-        }
+        Recovered::Replaced => return,
+        Recovered::Later(reason) => reason,
+        Recovered::TooFew(n) => format!("only {n} strips are left"),
+    };
+    tracing::debug!("{oid} is not recovered yet: {reason}");
+    if !put_off(active, oid, Some(reason)) {
+        tokio::time::sleep(PASS_PAUSE.0).await;
+        active.work.lock().urgent.push_back(oid);
+        active.wake.notify_one();
     }
 }
 

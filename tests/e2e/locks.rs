@@ -9,7 +9,7 @@ use sheepdog_testkit::vectors::load;
 use sheepdog_testkit::{Builder, Cluster, wait_for};
 
 /// State of the lock in the words of the vectors, as node 0 answers.
-fn lock_state(cluster: &Cluster, vid: VdiId) -> Value {
+pub(crate) fn lock_state(cluster: &Cluster, vid: VdiId) -> Value {
     let (response, bytes) =
         cluster.nodes[0].client().must(Request::new(Opcode::GET_VDI_COPIES).length(512 * VdiState::LEN), &[]);
     assert_eq!(response.result, ResultCode::SUCCESS);

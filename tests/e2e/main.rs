@@ -6,6 +6,7 @@
 mod bad_input;
 mod coded;
 mod convergence;
+mod dead_clients;
 mod disks;
 mod dog_backups;
 mod dog_extras;

@@ -19,7 +19,7 @@ fn cluster() -> Cluster {
 }
 
 /// A tgtd with one target and one unit.
-struct Target {
+pub(crate) struct Target {
     child: Child,
     socket: PathBuf,
     port: u16,
@@ -27,7 +27,7 @@ struct Target {
 
 impl Target {
     /// Starts tgtd number `n` and gives it a unit on this backing store.
-    fn start(cluster: &Cluster, n: usize, kind: &str, store: &str) -> Target {
+    pub(crate) fn start(cluster: &Cluster, n: usize, kind: &str, store: &str) -> Target {
         let target = Target::bare(cluster, n);
         target.ok(&["--op", "new", "--mode", "target", "--tid", "1", "-T", TARGET]);
         target.ok(&[
@@ -90,7 +90,7 @@ impl Target {
         self.ok(&["--op", "delete", "--mode", "logicalunit", "--tid", "1", "--lun", "1"]);
     }
 
-    fn kill9(&mut self) {
+    pub(crate) fn kill9(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -102,7 +102,7 @@ impl Drop for Target {
     }
 }
 
-fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
+pub(crate) fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
     format!("unix:{}:{vdi}", cluster.nodes[node].sock().display())
 }
 
@@ -119,7 +119,7 @@ fn io_output(target: &Target, commands: &[&str]) -> Output {
     output
 }
 
-fn io(target: &Target, commands: &[&str]) {
+pub(crate) fn io(target: &Target, commands: &[&str]) {
     let output = io_output(target, commands);
     let text = output.stdout.clone() + &output.stderr;
     output.ok();

@@ -23,7 +23,6 @@ pub mod sequencer;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -35,6 +34,7 @@ use self::arbiter::Arbiter;
 use self::grants::Grants;
 use self::hold::Holds;
 use self::numbers::Numbers;
+use crate::clients::Client;
 use crate::order::Order;
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -91,7 +91,7 @@ pub fn reply_data(request: &Request, data: Bytes) -> Reply {
 }
 
 /// Executes a gateway request of a client.
-pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, since: Instant) -> Reply {
+pub async fn execute(sheep: &Arc<Sheep>, client: &Client, request: Request, payload: Bytes) -> Reply {
     let _active = sheep.stats.gateway(&request);
     sheep.tables_arrived().await;
     match request.opcode {
@@ -100,7 +100,7 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, since
             Err(result) => reply(&request, result),
         },
         Opcode::WRITE_OBJ | Opcode::CREATE_AND_WRITE_OBJ => {
-            let result = write(sheep, &request, payload, since).await;
+            let result = write(sheep, client, &request, payload).await;
             reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
         }
         Opcode::REMOVE_OBJ => {
@@ -168,9 +168,9 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode
 
 async fn write(
     sheep: &Arc<Sheep>,
+    client: &Client,
     request: &Request,
     payload: Bytes,
-    since: Instant,
 ) -> Result<(), ResultCode> {
     let body = request.obj();
     let oid = body.oid;
@@ -194,6 +194,10 @@ async fn write(
     if oid.is_data() && sheep.redundancy(oid.vid(), &view).snapshot {
         return Err(ResultCode::READONLY);
     }
+    let in_table = oid.is_inode() && offset >= TABLE_OFFSET as u64;
+    if (!oid.is_inode() || in_table) && sheep.holders.refuses(sheep, client, oid.vid(), request.flags) {
+        return Err(ResultCode::VDI_LOCKED);
+    }
     // Index nodes of a hypervolume: not while a snapshot copies them, and not into a snapshot.
     let index = oid.kind() == ObjectKind::Btree;
     let _index = if index { Some(sheep.gateway.index_turn(oid.vid()).await) } else { None };
@@ -215,8 +219,8 @@ async fn write(
         }
         if !map::is_btree(sheep, oid.vid()).await? {
             let by = match request.flags.contains(Flags::TGT) {
-                true => map::By::Target(since),
-                false => map::By::Client(since),
+                true => map::By::Target(client.since),
+                false => map::By::Client(client.since),
             };
             return map::update(sheep, oid.vid(), offset, payload, by).await;
         }

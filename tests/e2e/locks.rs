@@ -183,6 +183,7 @@ fn a_lock_is_given_back_by_the_vid_that_was_locked() {
     assert_eq!(lock(2), ResultCode::SUCCESS);
     // Once only: the next one to lock it keeps it.
     assert_eq!(release(2, opened), ResultCode::SUCCESS);
+    assert_eq!(lock(0), ResultCode::VDI_LOCKED, "node 0 has heard of all that by now");
     assert_eq!(lock_state(&cluster, working), json!({"lock_state": "LOCKED", "owner_node": 2}));
 }
 

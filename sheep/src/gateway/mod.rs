@@ -195,7 +195,8 @@ async fn write(
         return Err(ResultCode::READONLY);
     }
     let in_table = oid.is_inode() && offset >= TABLE_OFFSET as u64;
-    if (!oid.is_inode() || in_table) && sheep.holders.refuses(sheep, client, oid.vid(), request.flags) {
+    let content = matches!(oid.kind(), ObjectKind::Data | ObjectKind::VmState | ObjectKind::Btree);
+    if (content || in_table) && sheep.holders.refuses(sheep, client, oid.vid(), request.flags).await {
         return Err(ResultCode::VDI_LOCKED);
     }
     // Index nodes of a hypervolume: not while a snapshot copies them, and not into a snapshot.

@@ -35,6 +35,8 @@ use crate::sheep::Sheep;
 const DRAIN: Duration = Duration::from_secs(2);
 /// A release that failed is tried again after this.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How often a write that waits for the lock states of the others looks for them.
+const COLLECTING_CHECK: Duration = Duration::from_millis(10);
 /// VDIs that a client is noted for; more are looked up with every request.
 const NOTED: usize = 64;
 
@@ -121,7 +123,7 @@ impl Held {
 #[derive(Default)]
 struct State {
     held: HashMap<VdiId, Held>,
-    /// VDIs whose holder was given up although it may come back.
+    /// VDIs whose holder was given up although it may come back, however late.
     given_up: HashSet<VdiId>,
 }
 
@@ -172,9 +174,13 @@ impl Holders {
 
     /// Whether a client may not write to a VDI because somebody else holds it. Only with `--lock-grace`: who was given up may
     /// come back, here or at another node, and knows nothing of it.
-    pub fn refuses(&self, sheep: &Sheep, client: &Client, vid: VdiId, flags: Flags) -> bool {
+    pub async fn refuses(&self, sheep: &Sheep, client: &Client, vid: VdiId, flags: Flags) -> bool {
         if sheep.lock_grace.is_none() {
             return false;
+        }
+        // A node that has just joined, perhaps the one that was given up, is still learning who holds what.
+        while sheep.vdis.is_collecting() && sheep.views.load().status != ClusterStatus::Killed {
+            tokio::time::sleep(COLLECTING_CHECK).await;
         }
         match sheep.vdis.with_lock(vid, |lock| lock.clone()) {
             Some(Lock::Locked(owner)) if owner != sheep.me => true,

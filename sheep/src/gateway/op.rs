@@ -87,7 +87,7 @@ pub(super) fn request_for(
         oid,
         offset: offset as u32,
         copies,
-        alters: view.alters as u8,
+        alters: if opcode == Opcode::READ_PEER { 0 } else { view.alters as u8 },
         tgt_epoch: Epoch(if opcode == Opcode::READ_PEER { 0 } else { id.writer }),
         write_seq: id.seq,
         ..ObjRequest::zeroed()

@@ -230,7 +230,9 @@ impl Holders {
                 }
             }
             for (vid, serial) in &over {
-                release(sheep, *vid, *serial).await;
+                if !release(sheep, *vid, *serial).await {
+                    return; // it is tried again elsewhere
+                }
             }
             if over.is_empty() && !draining || Instant::now() >= end {
                 return;

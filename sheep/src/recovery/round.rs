@@ -126,7 +126,7 @@ async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
 async fn level(sheep: &Arc<Sheep>, active: &Active) -> bool {
     let view = sheep.views.load();
     if view.alters > 0 {
-        let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+        let others = view.others(sheep.me);
         join_all(others.map(|node| level_at(sheep, active, node, view.alters))).await;
     }
     !active.is_replaced()

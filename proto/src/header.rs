@@ -36,6 +36,7 @@ wire! {
         /// Strip index of a peer operation.
         18 => ec_index: u8,
         /// Writes between nodes of this project: how often copies of a VDI were altered in the epoch, modulo 256; others send 0.
+        /// READ_PEER among them: 1 = whether the object is there; what recovery can make no object of is not.
         19 => alters: u8,
         /// Epoch whose version is wanted (recovery, GET_EPOCH, GET_HASH, COMPLETE_RECOVERY).
         20 => tgt_epoch: Epoch,
@@ -54,7 +55,7 @@ wire! {
         0 => oid: Oid,
         /// What is asked, [`order`].
         8 => what: u8,
-        /// CLAIM: 1 to write, 0 to read only. PERFORM: the client's opcode. LET_GO: 1 = once the VDI is known as a snapshot.
+        /// CLAIM: 1 to write, 0 to read only. PERFORM: the client's opcode, or [`order::ADD`]. LET_GO: 1 = once the VDI is known as a snapshot.
         9 => kind: u8,
         /// YIELD: every grant up to this one.
         12 => serial: u32,
@@ -62,7 +63,8 @@ wire! {
         16 => offset: u32,
         /// PERFORM of a read: bytes.
         20 => length: u32,
-        /// SETTLE, PULL: regions of the object, a bit for each 64th of it.
+        /// SETTLE, PULL: regions of the object, a bit for each 64th of it. PERFORM of ADD: which part of the payload is new, first
+        /// byte (upper half) and length.
         24 => regions: u64,
     }
 }
@@ -112,6 +114,9 @@ pub mod order {
     pub const CATCH_UP: u8 = 25;
     /// The writes of part of an object that came before it in epoch `serial`. Answer: offset, length (4 bytes each), bytes.
     pub const EARLY: u8 = 26;
+
+    /// PERFORM: write the new part of the payload to the object; if it is not there, create it of all of the payload.
+    pub const ADD: u8 = 0x80;
 }
 
 wire! {

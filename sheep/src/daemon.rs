@@ -33,6 +33,7 @@ use crate::shell::log::{self, early_line};
 use crate::shell::options::Options;
 use crate::shell::{PidFile, raise_open_file_limit};
 use crate::stats::Stats;
+use crate::vdi::holders::Holders;
 use crate::vdi::reclaim::{self, Reclaim};
 use crate::vdi::table::VdiTable;
 use crate::view::Views;
@@ -331,6 +332,7 @@ fn assemble(
         tombstones: Tombstones::open(meta.path()),
         disks: Disks::default(),
         tables: watch::Sender::new(true),
+        holders: Holders::default(),
         lock_grace: options.lock_grace,
         stats: Stats::default(),
         outstanding: Outstanding::default(),

@@ -4,6 +4,7 @@
 //! [`gateway`] brings object requests to all replicas, [`peer`] executes them on one; [`cluster`] applies membership
 //! events in order and publishes [`view`]s; [`recovery`] moves objects after them; [`vdi`] is what VDIs are.
 
+pub mod clients;
 pub mod cluster;
 pub mod daemon;
 pub mod disks;

@@ -27,6 +27,8 @@ use crate::view::View;
 
 /// How long a request may wait for an epoch or for the recovery of its object.
 const PARK_LIMIT: Duration = Duration::from_secs(10);
+/// How often a question that waits for recovery looks whether recovery found out that there is nothing to recover.
+const FRUITLESS_CHECK: Duration = Duration::from_millis(500);
 /// How often a write that waits for the lease looks at it.
 const LEASE_CHECK: Duration = Duration::from_millis(50);
 
@@ -84,10 +86,25 @@ async fn admit_when_ready(
         let exempt = recovering
             || creates && !sheep.early.has_of(oid, view.epoch)
             || early && sheep.recovery.takes_early(sheep, oid, &view);
-        if exempt || sheep.recovery.ready(sheep, oid, &view).await {
+        let is_ready = {
+            let ready = async { exempt || sheep.recovery.ready(sheep, oid, &view).await };
+            match asks_whether_there(request) {
+                true if sheep.recovery.is_fruitless(oid) => true,
+                true => tokio::time::timeout(FRUITLESS_CHECK, ready).await == Ok(true),
+                false => ready.await,
+            }
+        };
+        if is_ready {
             return Ok(view);
         }
     }
+}
+
+/// Whether a gateway asks if the object is there at all.
+fn asks_whether_there(request: &Request) -> bool {
+    request.opcode == Opcode::READ_PEER
+        && !request.flags.contains(Flags::RECOVERY)
+        && request.obj().alters == 1
 }
 
 /// As [`admit`], and additionally holds the epoch until the pass is dropped.

@@ -7,24 +7,27 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
+use nix::sys::socket::{setsockopt, sockopt};
 use sheepdog_client::Reply;
 use sheepdog_client::frame::{FrameReader, FrameWriter, Stream, split};
 use sheepdog_proto::inode::INODE_LEN;
 use sheepdog_proto::{
     ClusterStatus, Flags, INTERNAL_PROTO_VERSION, Opcode, PROTO_VERSION, Request, ResultCode,
 };
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use crate::clients::{Client, Origin};
 use crate::dispatch::{self, Class, Row};
 use crate::gateway;
 use crate::ops::order::is_settling;
 use crate::ops::result;
 use crate::peer;
 use crate::sheep::Sheep;
+use crate::vdi::holders;
 
 /// Unit of the budgets, in bytes.
 const UNIT: usize = 4096;
@@ -41,6 +44,8 @@ const MAX_IN_FLIGHT: usize = 1024;
 const PAYLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Peer requests that arrive while this node is joining wait this long for the join (spec 04, 5.1).
 const JOIN_WAIT: Duration = Duration::from_secs(5);
+/// Seconds of silence before a client's machine is asked whether it is there, seconds between questions, and how many.
+const KEEP_ALIVE: (u32, u32, u32) = (20, 10, 4);
 /// Pause after a failed accept (out of descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -70,7 +75,12 @@ impl Server {
             loop {
                 tokio::select! {
                     accepted = listener.accept() => match accepted {
-                        Ok((stream, from)) => server.connection(Stream::Tcp(stream), from.to_string()),
+                        Ok((stream, from)) => {
+                            if server.sheep.lock_grace.is_some() {
+                                notice_silence(&stream);
+                            }
+                            server.connection(Stream::Tcp(stream), from.to_string(), Origin::Address(from.ip()));
+                        }
                         Err(error) => pause_after(&error).await,
                     },
                     () = stopped(&mut stop) => return,
@@ -86,7 +96,10 @@ impl Server {
             loop {
                 tokio::select! {
                     accepted = listener.accept() => match accepted {
-                        Ok((stream, _)) => server.connection(Stream::Unix(stream), "unix".into()),
+                        Ok((stream, _)) => {
+                            let origin = server.sheep.holders.processes.origin_of(&stream);
+                            server.connection(Stream::Unix(stream), "unix".into(), origin);
+                        }
                         Err(error) => pause_after(&error).await,
                     },
                     () = stopped(&mut stop) => return,
@@ -95,7 +108,7 @@ impl Server {
         });
     }
 
-    fn connection(self: &Arc<Self>, stream: Stream, from: String) {
+    fn connection(self: &Arc<Self>, stream: Stream, from: String, origin: Origin) {
         let (reader, writer) = split(stream);
         let connection = Arc::new(Connection {
             server: self.clone(),
@@ -104,7 +117,7 @@ impl Server {
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             in_flight: AtomicUsize::new(0),
             from,
-            since: Instant::now(),
+            client: Client::new(self.sheep.clone(), origin),
         });
         tokio::spawn(async move {
             if let Err(reason) = connection.read(reader).await {
@@ -120,6 +133,17 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
+/// Has the system notice within a minute that the other machine is gone: its locks wait for that.
+fn notice_silence(stream: &TcpStream) {
+    let set = setsockopt(stream, sockopt::KeepAlive, &true)
+        .and_then(|()| setsockopt(stream, sockopt::TcpKeepIdle, &KEEP_ALIVE.0))
+        .and_then(|()| setsockopt(stream, sockopt::TcpKeepInterval, &KEEP_ALIVE.1))
+        .and_then(|()| setsockopt(stream, sockopt::TcpKeepCount, &KEEP_ALIVE.2));
+    if let Err(error) = set {
+        tracing::debug!("keep-alive is not available: {error}");
+    }
+}
+
 async fn pause_after(error: &std::io::Error) {
     tracing::warn!("cannot accept a connection: {error}");
     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -132,7 +156,7 @@ struct Connection {
     slots: Arc<Semaphore>,
     in_flight: AtomicUsize,
     from: String,
-    since: Instant,
+    client: Client,
 }
 
 /// Shares of the budgets that a request holds until its answer is sent.
@@ -206,6 +230,9 @@ impl Connection {
         let sheep = &self.server.sheep;
         let progress = sheep.begin();
         self.in_flight.fetch_add(1, Ordering::Relaxed);
+        if row.is_some_and(|row| matches!(row.class, Class::Gateway)) {
+            sheep.holders.touch(sheep, &self.client, request.obj().oid.vid());
+        }
         if let Some(row) = row
             && matches!(row.class, Class::Gateway)
             && request.opcode == Opcode::READ_OBJ
@@ -248,11 +275,14 @@ impl Connection {
             self.log_request(&request, &payload);
         }
         let reply = match row.class {
-            Class::Gateway => gateway::execute(sheep, request, payload, self.since).await,
+            Class::Gateway => gateway::execute(sheep, &self.client, request, payload).await,
             // A gateway that gave up has sent the request again elsewhere, and newer ones after it.
             Class::Peer if self.writer.is_reset() => result(&request, ResultCode::NETWORK_ERROR),
             Class::Peer => peer::execute(sheep, request, payload, &|| !self.writer.is_reset()).await,
             Class::Local(handler) => handler(sheep, request, payload).await,
+            Class::Cluster(..) if request.opcode == Opcode::LOCK_VDI => {
+                holders::lock(sheep, &self.client, request, payload).await
+            }
             Class::Cluster(..) => sheep.cluster.submit(request, payload).await,
         };
         if row.logged {

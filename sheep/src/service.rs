@@ -1,27 +1,28 @@
 //! This daemon as a [`Service`], for volumes that it serves itself: no socket in between.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::Bytes;
 use sheepdog_client::{CallFuture, Service};
-use sheepdog_proto::{ClusterStatus, Flags, Request, ResultCode};
+use sheepdog_proto::{ClusterStatus, Flags, Opcode, Request, ResultCode};
 
+use crate::clients::{Client, Origin};
 use crate::dispatch::{self, Class};
 use crate::gateway;
 use crate::ops::result;
 use crate::sheep::Sheep;
+use crate::vdi::holders;
 
 /// Executes requests of this process as if they came from a client.
 pub struct InProcess {
     sheep: Arc<Sheep>,
-    since: Instant,
+    client: Client,
 }
 
 impl InProcess {
     /// A client that is connected from now on.
     pub fn new(sheep: Arc<Sheep>) -> InProcess {
-        InProcess { sheep, since: Instant::now() }
+        InProcess { client: Client::new(sheep.clone(), Origin::Daemon), sheep }
     }
 }
 
@@ -49,9 +50,12 @@ impl Service for InProcess {
             Ok(match row.class {
                 Class::Gateway => match inline_read(sheep, &request) {
                     Some(reply) => reply,
-                    None => gateway::execute(sheep, request, payload, self.since).await,
+                    None => gateway::execute(sheep, &self.client, request, payload).await,
                 },
                 Class::Local(handler) => handler(sheep, request, payload).await,
+                Class::Cluster(..) if request.opcode == Opcode::LOCK_VDI => {
+                    holders::lock(sheep, &self.client, request, payload).await
+                }
                 Class::Cluster(..) => sheep.cluster.submit(request, payload).await,
                 Class::Peer => result(&request, ResultCode::INVALID_PARMS),
             })
@@ -64,7 +68,5 @@ impl Service for InProcess {
 }
 
 fn inline_read(sheep: &Arc<Sheep>, request: &Request) -> Option<sheepdog_client::Reply> {
-    (request.opcode == sheepdog_proto::Opcode::READ_OBJ)
-        .then(|| gateway::try_read_inline(sheep, request))
-        .flatten()
+    (request.opcode == Opcode::READ_OBJ).then(|| gateway::try_read_inline(sheep, request)).flatten()
 }

@@ -433,7 +433,7 @@ async fn outcomes(sheep: &Arc<Sheep>, ids: &[WriteId], written: Epoch, epoch: Ep
     let mut out = sheep.gateway.numbers.outcomes(ids, written);
     let view = sheep.views.load();
     let body = OrderRequest { what: order::OUTCOME, serial: written.0, ..OrderRequest::zeroed() };
-    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let others = view.others(sheep.me);
     let mut answers: FuturesUnordered<_> =
         others.map(|node| ask_about(sheep, node, body, ids, epoch)).collect();
     let mut all_answered = true;

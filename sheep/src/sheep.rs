@@ -21,6 +21,7 @@ use crate::recovery::Recovery;
 use crate::recovery::early::EarlyWrites;
 use crate::recovery::tombstones::Tombstones;
 use crate::stats::Stats;
+use crate::vdi::holders::Holders;
 use crate::vdi::table::{Redundancy, VdiTable};
 use crate::view::{View, Views};
 
@@ -60,7 +61,10 @@ pub struct Sheep {
     pub disks: Disks,
     /// Whether the VDI tables of the others have arrived since this node joined.
     pub tables: watch::Sender<bool>,
-    /// How long a node may be gone before VDIs locked through it are released; `None` = for ever.
+    /// Clients that hold locks taken through this node.
+    pub holders: Holders,
+    /// How long a node, or a client that cannot be watched, may be gone before VDIs that it locked are released; `None` = for
+    /// ever.
     pub lock_grace: Option<Duration>,
     /// Counters.
     pub stats: Stats,

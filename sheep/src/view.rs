@@ -47,6 +47,11 @@ impl View {
         self.ring.nodes()
     }
 
+    /// Present members other than `me`, in node order.
+    pub fn others(&self, me: NodeId) -> impl Iterator<Item = NodeId> + Send + '_ {
+        self.members().iter().map(|node| node.nid).filter(move |node| *node != me)
+    }
+
     /// The nodes that store `oid` when it has `copies` copies, in ring order; fewer when there are fewer zones.
     pub fn homes(&self, oid: Oid, copies: u8) -> Homes {
         self.ring.homes(oid, usize::from(copies))

@@ -9,7 +9,7 @@ use sheepdog_testkit::vectors::load;
 use sheepdog_testkit::{Builder, Cluster, wait_for};
 
 /// State of the lock in the words of the vectors, as node 0 answers.
-fn lock_state(cluster: &Cluster, vid: VdiId) -> Value {
+pub(crate) fn lock_state(cluster: &Cluster, vid: VdiId) -> Value {
     let (response, bytes) =
         cluster.nodes[0].client().must(Request::new(Opcode::GET_VDI_COPIES).length(512 * VdiState::LEN), &[]);
     assert_eq!(response.result, ResultCode::SUCCESS);
@@ -183,6 +183,7 @@ fn a_lock_is_given_back_by_the_vid_that_was_locked() {
     assert_eq!(lock(2), ResultCode::SUCCESS);
     // Once only: the next one to lock it keeps it.
     assert_eq!(release(2, opened), ResultCode::SUCCESS);
+    assert_eq!(lock(0), ResultCode::VDI_LOCKED, "node 0 has heard of all that by now");
     assert_eq!(lock_state(&cluster, working), json!({"lock_state": "LOCKED", "owner_node": 2}));
 }
 

@@ -24,12 +24,12 @@ fn cluster() -> Cluster {
     Builder::new(3).flags(locking()).start()
 }
 
-fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
+pub(crate) fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
     let (name, fragment) = vdi.split_once('#').map_or((vdi, String::new()), |(n, f)| (n, format!("#{f}")));
     format!("sheepdog+unix:///{name}?socket={}{fragment}", cluster.nodes[node].sock().display())
 }
 
-fn tcp(cluster: &Cluster, node: usize, vdi: &str) -> String {
+pub(crate) fn tcp(cluster: &Cluster, node: usize, vdi: &str) -> String {
     format!("sheepdog://127.0.0.1:{}/{vdi}", cluster.nodes[node].port)
 }
 
@@ -49,19 +49,19 @@ fn run(program: &str, args: &[&str]) -> Output {
     output
 }
 
-fn img(args: &[&str]) -> String {
+pub(crate) fn img(args: &[&str]) -> String {
     run("qemu-img", args).ok()
 }
 
 /// qemu-io, each command one `-c`; every command must succeed.
-fn io(image: &str, commands: &[&str]) {
+pub(crate) fn io(image: &str, commands: &[&str]) {
     let output = io_output(image, commands);
     let text = output.stdout.clone() + &output.stderr;
     output.ok();
     assert!(!text.contains("failed") && !text.contains("error"), "{text}");
 }
 
-fn io_output(image: &str, commands: &[&str]) -> Output {
+pub(crate) fn io_output(image: &str, commands: &[&str]) -> Output {
     let mut args = vec!["-f", "raw"];
     for command in commands {
         args.extend(["-c", command]);
@@ -244,14 +244,14 @@ fn writing_to_a_snapshot_branches_from_it() {
 }
 
 /// A qemu-io that stays open.
-struct Session {
-    child: Child,
-    stdin: ChildStdin,
+pub(crate) struct Session {
+    pub(crate) child: Child,
+    pub(crate) stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Session {
-    fn open(image: &str) -> Session {
+    pub(crate) fn open(image: &str) -> Session {
         let mut child = Command::new(qemu_sheepdog("qemu-io"))
             .args(["-f", "raw", image])
             .stdin(Stdio::piped())
@@ -265,7 +265,7 @@ impl Session {
     }
 
     /// Sends a command and waits for its line.
-    fn say(&mut self, command: &str) {
+    pub(crate) fn say(&mut self, command: &str) {
         writeln!(self.stdin, "{command}").expect("qemu-io listens");
         loop {
             let mut line = String::new();
@@ -339,7 +339,8 @@ fn a_locked_image_is_busy() {
     let mut cluster = cluster();
     let image = unix(&cluster, 0, "vm");
     img(&["create", "-f", "raw", &image, "8M"]);
-    let mut session = Session::open(&image);
+    // Over TCP nobody can know that the client has died.
+    let mut session = Session::open(&tcp(&cluster, 0, "vm"));
     session.say("write -P 1 0 1M");
     for address in [image.clone(), tcp(&cluster, 1, "vm")] {
         let refused = io_output(&address, &["read 0 512"]);

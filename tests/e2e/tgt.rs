@@ -19,7 +19,7 @@ fn cluster() -> Cluster {
 }
 
 /// A tgtd with one target and one unit.
-struct Target {
+pub(crate) struct Target {
     child: Child,
     socket: PathBuf,
     port: u16,
@@ -27,7 +27,7 @@ struct Target {
 
 impl Target {
     /// Starts tgtd number `n` and gives it a unit on this backing store.
-    fn start(cluster: &Cluster, n: usize, kind: &str, store: &str) -> Target {
+    pub(crate) fn start(cluster: &Cluster, n: usize, kind: &str, store: &str) -> Target {
         let target = Target::bare(cluster, n);
         target.ok(&["--op", "new", "--mode", "target", "--tid", "1", "-T", TARGET]);
         target.ok(&[
@@ -90,7 +90,7 @@ impl Target {
         self.ok(&["--op", "delete", "--mode", "logicalunit", "--tid", "1", "--lun", "1"]);
     }
 
-    fn kill9(&mut self) {
+    pub(crate) fn kill9(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -102,7 +102,7 @@ impl Drop for Target {
     }
 }
 
-fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
+pub(crate) fn unix(cluster: &Cluster, node: usize, vdi: &str) -> String {
     format!("unix:{}:{vdi}", cluster.nodes[node].sock().display())
 }
 
@@ -119,7 +119,7 @@ fn io_output(target: &Target, commands: &[&str]) -> Output {
     output
 }
 
-fn io(target: &Target, commands: &[&str]) {
+pub(crate) fn io(target: &Target, commands: &[&str]) {
     let output = io_output(target, commands);
     let text = output.stdout.clone() + &output.stderr;
     output.ok();
@@ -282,7 +282,7 @@ fn snapshots_are_served_as_targets_ask_for_them() {
 #[test]
 fn two_targets_share_a_vdi() {
     let mut cluster = cluster();
-    cluster.dog(&["vdi", "create", "shared", "112M"]).ok();
+    cluster.dog(&["vdi", "create", "shared", "176M"]).ok();
     let a = Target::start(&cluster, 0, "sheepdog", &unix(&cluster, 0, "shared"));
     let b = Target::start(&cluster, 1, "sheepdog", &unix(&cluster, 1, "shared"));
     for round in 0..6_u32 {
@@ -311,6 +311,26 @@ fn two_targets_share_a_vdi() {
     right.join().expect("no write fails");
     for i in 0..16_u32 {
         let read = |side: u32| format!("read -P {} {}k 256k", 100 + 50 * side + i, place(i, side));
+        io(if i % 2 == 0 { &a } else { &b }, &[&read(0), &read(1)]);
+    }
+    // And both in the same new blocks, as an initiator does that alternates between its paths.
+    let part = |i: u32, side: u32| 112 * 1024 + i * 4096 + side * 2048;
+    let into_both = |target: &Target, side: u32| {
+        let url = target.url();
+        std::thread::spawn(move || {
+            let mut command = Command::new(qemu_sheepdog("qemu-io"));
+            command.args(["-f", "raw", "-t", "none"]);
+            for i in 0..16 {
+                command.args(["-c", &format!("aio_write -P {} {}k 64k", 1 + 16 * side + i, part(i, side))]);
+            }
+            Output::of(command.args(["-c", "aio_flush"]).arg(url).output().expect("qemu-io")).ok()
+        })
+    };
+    let (left, right) = (into_both(&a, 0), into_both(&b, 1));
+    left.join().expect("no write fails");
+    right.join().expect("no write fails");
+    for i in 0..16_u32 {
+        let read = |side: u32| format!("read -P {} {}k 64k", 1 + 16 * side + i, part(i, side));
         io(if i % 2 == 0 { &a } else { &b }, &[&read(0), &read(1)]);
     }
     assert_eq!(locks(&mut cluster), 1);

@@ -17,7 +17,7 @@ mod zookeeper;
 
 pub use contract::{Answer, BoxFuture, Driver, DriverError, Event, Lease, Reply, Request};
 pub use corosync::CorosyncDriver;
-pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, block_event_signal};
+pub use local::{DEFAULT_PATH, LocalDriver, MAX_LOCAL_NODES, PidFd, block_event_signal};
 pub use lock::Lock;
 pub use select::{DEFAULT_DRIVER, DRIVER_NAMES, Selection, open, select};
 pub use zookeeper::ZookeeperDriver;

@@ -268,7 +268,7 @@ async fn fetch_once(sheep: &Arc<Sheep>, node: NodeId, epoch: Epoch) -> Result<Ve
 /// yet may be held.
 async fn collect_locks(sheep: &Arc<Sheep>, epoch: Epoch) {
     let view = sheep.views.load();
-    let others: Vec<NodeId> = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me).collect();
+    let others: Vec<NodeId> = view.others(sheep.me).collect();
     let mut now = None;
     for vid in sheep.vdis.vids() {
         let told = match &now {

@@ -58,6 +58,8 @@ struct State {
     yielded: u32,
     direct: usize,
     through: usize,
+    /// Claims on their way: the arbiter may have decided one whose answer is not here yet.
+    claims: usize,
     used: Instant,
     claimed: Instant,
 }
@@ -92,6 +94,22 @@ impl Drop for Using {
     }
 }
 
+/// A claim on its way; it is over when this is dropped.
+struct Claiming(Arc<Vdi>);
+
+impl Claiming {
+    fn begin(vdi: &Arc<Vdi>) -> Claiming {
+        vdi.state.lock().claims += 1;
+        Claiming(vdi.clone())
+    }
+}
+
+impl Drop for Claiming {
+    fn drop(&mut self) {
+        self.0.state.lock().claims -= 1;
+    }
+}
+
 /// How an operation reaches its object.
 pub enum Route {
     /// To all homes at once.
@@ -118,6 +136,7 @@ impl Vdi {
             yielded: 0,
             direct: 0,
             through: 0,
+            claims: 0,
             used: now,
             claimed: now,
         };
@@ -208,6 +227,7 @@ impl Grants {
             if let Some(using) = vdi.begin(view.epoch, write) {
                 return Ok::<_, Failure>(Some(using));
             }
+            let _claiming = Claiming::begin(&vdi);
             let Some(verdict) = claim(sheep, view, vid, write).await? else { return Ok(None) };
             vdi.granted(view.epoch, write, verdict);
             Ok(vdi.begin(view.epoch, write))
@@ -239,7 +259,7 @@ impl Grants {
                     (state.epoch, state.mode, state.yielded) = (epoch, Mode::None, 0);
                 }
                 state.yielded = state.yielded.max(serial);
-                let busy = state.direct > 0 || state.through > 0;
+                let busy = state.direct > 0 || state.through > 0 || state.claims > 0;
                 if !busy && (state.mode == Mode::None || state.used.elapsed() >= IDLE) {
                     state.mode = Mode::None;
                     return true;
@@ -334,6 +354,21 @@ mod tests {
         assert!(grants.begin_directly(vid(), E, false).is_none());
         vdi.granted(E, true, verdict(true, 5));
         assert!(grants.begin_directly(vid(), E, true).is_some());
+    }
+
+    /// Two gateways begin at once: the arbiter decides for this one, and calls that back for the other one before its answer
+    /// is here. What then arrives lets it go on through the first homes, so the other one must not believe to be alone.
+    #[tokio::test(start_paused = true)]
+    async fn a_gateway_whose_claim_is_on_its_way_uses_the_vdi() {
+        let grants = Grants::default();
+        let vdi = grants.vdi(vid());
+        let claiming = Claiming::begin(&vdi);
+        assert!(!grants.give_back(vid(), E, 1).await, "the answer is still to come");
+        vdi.granted(E, true, verdict(true, 1));
+        drop(claiming);
+        assert!(vdi.begin(E, true).is_some_and(|using| !using.direct));
+        tokio::time::advance(IDLE).await;
+        assert!(grants.give_back(vid(), E, 2).await, "and did not come");
     }
 
     #[tokio::test(start_paused = true)]

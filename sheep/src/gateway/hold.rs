@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
 use sheepdog_proto::header::{OrderRequest, order};
-use sheepdog_proto::{NodeId, Oid, Opcode, Request, ResultCode, VdiId, Wire};
+use sheepdog_proto::{Flags, NodeId, Oid, Opcode, Request, ResultCode, VdiId, Wire};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -109,10 +109,19 @@ async fn ask(
     deadline: Duration,
 ) -> Result<(), ResultCode> {
     let body = OrderRequest { oid: Oid::inode(vid), what, kind, serial, ..OrderRequest::zeroed() };
-    let request =
-        Request::new(Opcode::ORDER_PEER).flag(sheepdog_proto::Flags::WRITE).epoch(sheep.views.epoch());
-    let me = Bytes::from(sheep.me.encode());
-    let reply = sheep.peers.call(&node, request.with_order(body), me, deadline).await;
+    tell(sheep, node, body, Bytes::from(sheep.me.encode()), deadline).await
+}
+
+/// Sends ORDER_PEER about a VDI in the present epoch; only whether it succeeded matters.
+pub(super) async fn tell(
+    sheep: &Arc<Sheep>,
+    node: NodeId,
+    body: OrderRequest,
+    payload: Bytes,
+    deadline: Duration,
+) -> Result<(), ResultCode> {
+    let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(sheep.views.epoch());
+    let reply = sheep.peers.call(&node, request.with_order(body), payload, deadline).await;
     reply.map_err(|_| ResultCode::NETWORK_ERROR)?.response.result.ok()
 }
 
@@ -127,7 +136,7 @@ pub async fn hold(sheep: &Arc<Sheep>, vid: VdiId) -> Result<Held, ResultCode> {
         _here: sheep.gateway.map_barrier(vid).await,
     };
     let view = sheep.views.load();
-    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let others = view.others(sheep.me);
     let end = Instant::now() + PATIENCE;
     let all = others.map(|node| {
         let asked = held.asked.clone();

@@ -9,6 +9,7 @@ use sheepdog_proto::header::{CoherenceRequest, ObjRequest, OrderRequest, order};
 use sheepdog_proto::inode::{self, Gref, INODE_LOOKUP_LEN, STORE_POLICY_BTREE, TABLE_OFFSET, gref_offset};
 use sheepdog_proto::{ClusterFlags, Flags, NodeId, Oid, Opcode, Request, ResultCode, VdiId};
 
+use super::hold::tell;
 use crate::sheep::Sheep;
 use crate::vdi::locks::Participation;
 use crate::vdi::objects::read_lookup_header;
@@ -215,13 +216,11 @@ async fn catch_up(sheep: &Arc<Sheep>, vid: VdiId, node: NodeId, until: Until) {
     let body = OrderRequest { oid: Oid::inode(vid), what: order::CATCH_UP, kind, ..OrderRequest::zeroed() };
     let end = tokio::time::Instant::now() + SETTLE;
     while sheep.views.load().is_member(&node) {
-        let request = Request::new(Opcode::ORDER_PEER).flag(Flags::WRITE).epoch(sheep.views.epoch());
-        let reply = sheep.peers.call(&node, request.with_order(body), Bytes::new(), SETTLE).await;
-        match reply.map(|r| r.response.result) {
-            Ok(ResultCode::SUCCESS) => return,
+        match tell(sheep, node, body, Bytes::new(), SETTLE).await {
+            Ok(()) => return,
             // A node of the original.
-            Ok(ResultCode::INVALID_PARMS) if until == Until::Informed => return,
-            Ok(ResultCode::INVALID_PARMS) => return settle(sheep, vid, &[node], |_| true).await,
+            Err(ResultCode::INVALID_PARMS) if until == Until::Informed => return,
+            Err(ResultCode::INVALID_PARMS) => return settle(sheep, vid, &[node], |_| true).await,
             _ if tokio::time::Instant::now() >= end => {
                 return tracing::warn!("{vid:?}: {node} may not know that its inode is stale");
             }
@@ -244,7 +243,7 @@ pub async fn settle_snapshot(sheep: &Arc<Sheep>, vid: VdiId, members: &[NodeId])
 /// Waits until every member has ended the table updates of `vid` that it has in progress.
 pub async fn settle_updates(sheep: &Arc<Sheep>, vid: VdiId) {
     let view = sheep.views.load();
-    let others: Vec<NodeId> = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me).collect();
+    let others: Vec<NodeId> = view.others(sheep.me).collect();
     settle(sheep, vid, &others, |_| true).await;
     drop(sheep.gateway.map_barrier(vid).await);
 }

@@ -23,7 +23,6 @@ pub mod sequencer;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -35,6 +34,7 @@ use self::arbiter::Arbiter;
 use self::grants::Grants;
 use self::hold::Holds;
 use self::numbers::Numbers;
+use crate::clients::Client;
 use crate::order::Order;
 use crate::peer::check_range;
 use crate::sheep::Sheep;
@@ -91,7 +91,7 @@ pub fn reply_data(request: &Request, data: Bytes) -> Reply {
 }
 
 /// Executes a gateway request of a client.
-pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, since: Instant) -> Reply {
+pub async fn execute(sheep: &Arc<Sheep>, client: &Client, request: Request, payload: Bytes) -> Reply {
     let _active = sheep.stats.gateway(&request);
     sheep.tables_arrived().await;
     match request.opcode {
@@ -100,7 +100,7 @@ pub async fn execute(sheep: &Arc<Sheep>, request: Request, payload: Bytes, since
             Err(result) => reply(&request, result),
         },
         Opcode::WRITE_OBJ | Opcode::CREATE_AND_WRITE_OBJ => {
-            let result = write(sheep, &request, payload, since).await;
+            let result = write(sheep, client, &request, payload).await;
             reply(&request, result.err().unwrap_or(ResultCode::SUCCESS))
         }
         Opcode::REMOVE_OBJ => {
@@ -168,9 +168,9 @@ async fn read(sheep: &Arc<Sheep>, request: &Request) -> Result<Bytes, ResultCode
 
 async fn write(
     sheep: &Arc<Sheep>,
+    client: &Client,
     request: &Request,
     payload: Bytes,
-    since: Instant,
 ) -> Result<(), ResultCode> {
     let body = request.obj();
     let oid = body.oid;
@@ -194,6 +194,11 @@ async fn write(
     if oid.is_data() && sheep.redundancy(oid.vid(), &view).snapshot {
         return Err(ResultCode::READONLY);
     }
+    let in_table = oid.is_inode() && offset >= TABLE_OFFSET as u64;
+    let content = matches!(oid.kind(), ObjectKind::Data | ObjectKind::VmState | ObjectKind::Btree);
+    if (content || in_table) && sheep.holders.refuses(sheep, client, oid.vid(), request.flags).await {
+        return Err(ResultCode::VDI_LOCKED);
+    }
     // Index nodes of a hypervolume: not while a snapshot copies them, and not into a snapshot.
     let index = oid.kind() == ObjectKind::Btree;
     let _index = if index { Some(sheep.gateway.index_turn(oid.vid()).await) } else { None };
@@ -203,11 +208,11 @@ async fn write(
     let len = payload.len() as u64;
     check_range(offset, len, oid.size(redundancy.block_size_shift))?;
     if request.opcode == Opcode::CREATE_AND_WRITE_OBJ {
-        return if request.flags.contains(Flags::COW) {
-            copy_on_write(sheep, oid, body.cow_oid, offset, payload).await
-        } else {
-            sheep.gateway.create_object(sheep, oid, offset, payload).await
+        let new = match request.flags.contains(Flags::COW) {
+            true => copy_on_write(sheep, oid, body.cow_oid, offset, payload).await?,
+            false => NewObject { offset, new: 0..payload.len(), data: payload },
         };
+        return create(sheep, oid, new).await;
     }
     if oid.is_inode() && offset >= TABLE_OFFSET as u64 && offset < GREF_OFFSET as u64 {
         if !is_table_update(offset, len) || !offset.is_multiple_of(4) || !len.is_multiple_of(4) {
@@ -215,8 +220,8 @@ async fn write(
         }
         if !map::is_btree(sheep, oid.vid()).await? {
             let by = match request.flags.contains(Flags::TGT) {
-                true => map::By::Target(since),
-                false => map::By::Client(since),
+                true => map::By::Target(client.since),
+                false => map::By::Client(client.since),
             };
             return map::update(sheep, oid.vid(), offset, payload, by).await;
         }
@@ -228,25 +233,42 @@ async fn write(
     sheep.gateway.write_object(sheep, oid, offset, payload).await
 }
 
-/// Creates `oid` from the whole of `base`, overlaid by `payload` (spec 06, 6.5).
+/// What a creation makes of an object, and the part of it that the client wrote.
+struct NewObject {
+    offset: u64,
+    data: Bytes,
+    new: Range<usize>,
+}
+
+/// Creates an object. Of a VDI that is shared another client may have created it a moment ago, and its table told neither of
+/// them: what that one wrote stays (spec 05, 17). Who has a VDI alone replaces what is there.
+async fn create(sheep: &Arc<Sheep>, oid: Oid, object: NewObject) -> Result<(), ResultCode> {
+    let NewObject { offset, data, new } = object;
+    if oid.is_data() && sheep.vdis.with_lock(oid.vid(), |lock| lock.is_shared()) == Some(true) {
+        return sheep.gateway.add_to_object(sheep, oid, offset, data, new).await;
+    }
+    sheep.gateway.create_object(sheep, oid, offset, data).await
+}
+
+/// The whole of `base`, overlaid by `payload` (spec 06, 6.5).
 async fn copy_on_write(
     sheep: &Arc<Sheep>,
     oid: Oid,
     base: Oid,
     offset: u64,
     payload: Bytes,
-) -> Result<(), ResultCode> {
+) -> Result<NewObject, ResultCode> {
     let view = sheep.views.load();
     let size = sheep.size_of(oid, &view);
+    let new = offset as usize..offset as usize + payload.len();
     if payload.len() as u64 == size {
-        return sheep.gateway.create_object(sheep, oid, 0, payload).await;
+        return Ok(NewObject { offset: 0, data: payload, new });
     }
     let base_size = sheep.size_of(base, &view).min(size) as usize;
     let old = sheep.gateway.read_object(sheep, base, 0, base_size).await?;
     let mut whole = sheepdog_buffer::PageBuf::dirty(size as usize);
     whole[..base_size].copy_from_slice(&old);
     whole[base_size..].fill(0);
-    let at: Range<usize> = offset as usize..offset as usize + payload.len();
-    whole[at].copy_from_slice(&payload);
-    sheep.gateway.create_object(sheep, oid, 0, whole.freeze()).await
+    whole[new.clone()].copy_from_slice(&payload);
+    Ok(NewObject { offset: 0, data: whole.freeze(), new })
 }

@@ -273,7 +273,7 @@ async fn forget(sheep: &Arc<Sheep>) {
     }
     let (last, open, _) = numbers.news();
     let (request, payload) = message(numbers.writer, last, &open);
-    let others = view.members().iter().map(|n| n.nid).filter(|node| *node != sheep.me);
+    let others = view.others(sheep.me);
     let answers = others.map(|node| {
         let payload = payload.clone();
         async move { sheep.peers.call_on(Lane::Control, &node, request, payload, DEADLINE).await }

@@ -4,6 +4,7 @@
 //! the view, until the cluster can do it. It gives up only when this node ends.
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -248,6 +249,19 @@ impl Gateway {
         data: Bytes,
     ) -> Result<(), ResultCode> {
         self.run(sheep, oid, Op::Create { offset, data }).await.map(drop)
+    }
+
+    /// Writes a part of an object, `new` of `data`, or creates it of all of `data` if no home has it. Of several gateways that do
+    /// so at once one creates, and the others write.
+    pub async fn add_to_object(
+        &self,
+        sheep: &Arc<Sheep>,
+        oid: Oid,
+        offset: u64,
+        data: Bytes,
+        new: Range<usize>,
+    ) -> Result<(), ResultCode> {
+        self.run(sheep, oid, Op::Add { offset, data, new }).await.map(drop)
     }
 
     /// Removes an object from all replicas; `NO_OBJ` if one of them did not have it.

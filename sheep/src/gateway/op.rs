@@ -42,6 +42,15 @@ pub enum Op {
         /// What to write.
         data: Bytes,
     },
+    /// Writes a part of the object; creates it first if it is not there.
+    Add {
+        /// First byte of what a creation writes.
+        offset: u64,
+        /// What a creation writes: over nothing but zeros.
+        data: Bytes,
+        /// The part of `data` that is written to an object that is there; the rest is what it had before.
+        new: Range<usize>,
+    },
     /// Rebuilds strips of a coded object that are missing, and one that does not fit.
     Repair {
         /// The index of the strip that may not fit.
@@ -61,6 +70,8 @@ pub struct Scratch {
     pub(super) healed: u32,
     /// The whole stripes that a write of part of a coded object replaces; read once, before any strip is sent.
     pub(super) stripes: Option<Bytes>,
+    /// [`Op::Add`] found nothing and began to create: as long as the turn and the epoch last nobody else can have written.
+    pub(super) creating: bool,
 }
 
 /// A request to a home; of a write, with the number that the home knows it by.
@@ -76,7 +87,7 @@ pub(super) fn request_for(
         oid,
         offset: offset as u32,
         copies,
-        alters: view.alters as u8,
+        alters: if opcode == Opcode::READ_PEER { 0 } else { view.alters as u8 },
         tgt_epoch: Epoch(if opcode == Opcode::READ_PEER { 0 } else { id.writer }),
         write_seq: id.seq,
         ..ObjRequest::zeroed()
@@ -95,7 +106,7 @@ impl Op {
         match self {
             Op::Read { .. } => Opcode::READ_OBJ,
             Op::Write { .. } => Opcode::WRITE_OBJ,
-            Op::Create { .. } => Opcode::CREATE_AND_WRITE_OBJ,
+            Op::Create { .. } | Op::Add { .. } => Opcode::CREATE_AND_WRITE_OBJ,
             Op::Repair { .. } => Opcode::REPAIR_REPLICA,
         }
     }
@@ -103,7 +114,10 @@ impl Op {
     /// First byte.
     pub fn offset(&self) -> u64 {
         match self {
-            Op::Read { offset, .. } | Op::Write { offset, .. } | Op::Create { offset, .. } => *offset,
+            Op::Read { offset, .. }
+            | Op::Write { offset, .. }
+            | Op::Create { offset, .. }
+            | Op::Add { offset, .. } => *offset,
             Op::Repair { .. } => 0,
         }
     }
@@ -112,7 +126,7 @@ impl Op {
     pub fn len(&self) -> usize {
         match self {
             Op::Read { len, .. } => *len,
-            Op::Write { data, .. } | Op::Create { data, .. } => data.len(),
+            Op::Write { data, .. } | Op::Create { data, .. } | Op::Add { data, .. } => data.len(),
             Op::Repair { .. } => 0,
         }
     }
@@ -125,7 +139,7 @@ impl Op {
     /// The bytes that it touches: whole stripes of a coded object, everything when it creates or repairs.
     pub fn range(&self, coded: bool) -> Range<u64> {
         match self {
-            Op::Create { .. } | Op::Repair { .. } => 0..u64::MAX,
+            Op::Create { .. } | Op::Add { .. } | Op::Repair { .. } => 0..u64::MAX,
             _ if coded => {
                 let stripes = self.stripes();
                 let start = u64::from(stripes.object_offset());
@@ -142,6 +156,53 @@ impl Op {
     /// One attempt in one epoch. The caller holds the turn of [`Op::range`]. `STALE_OBJ` = some homes have the object and
     /// some do not: heal.
     pub async fn attempt(
+        &self,
+        sheep: &Arc<Sheep>,
+        view: &View,
+        oid: Oid,
+        kept: Redundancy,
+        scratch: &mut Scratch,
+        number: Option<&Number>,
+    ) -> Result<Bytes, Failure> {
+        let Op::Add { .. } = self else {
+            return self.attempt_or_heal(sheep, view, oid, kept, scratch, number).await;
+        };
+        let op = self.chosen(sheep, view, oid, kept, scratch).await?;
+        match op.attempt_or_heal(sheep, view, oid, kept, scratch, number).await {
+            // A removal came between, which is in nobody's order: look again.
+            Err(Failure { code: ResultCode::NO_OBJ, .. }) => Err(ResultCode::NETWORK_ERROR.into()),
+            outcome => outcome,
+        }
+    }
+
+    /// What [`Op::Add`] comes to.
+    async fn chosen(
+        &self,
+        sheep: &Arc<Sheep>,
+        view: &View,
+        oid: Oid,
+        kept: Redundancy,
+        scratch: &mut Scratch,
+    ) -> Result<Op, Failure> {
+        let Op::Add { offset, data, .. } = self else { return Ok(self.clone()) };
+        if !scratch.creating && replicas::is_there(sheep, view, oid, kept).await? {
+            let (offset, data) = self.written();
+            return Ok(Op::Write { offset, data });
+        }
+        (scratch.creating, scratch.heal) = (true, false);
+        Ok(Op::Create { offset: *offset, data: data.clone() })
+    }
+
+    /// What is written to an object that is there.
+    fn written(&self) -> (u64, Bytes) {
+        match self {
+            Op::Write { offset, data } => (*offset, data.clone()),
+            Op::Add { offset, data, new } => (offset + new.start as u64, data.slice(new.clone())),
+            _ => (0, Bytes::new()),
+        }
+    }
+
+    async fn attempt_or_heal(
         &self,
         sheep: &Arc<Sheep>,
         view: &View,
@@ -202,7 +263,7 @@ impl Op {
                 let create = request(Opcode::CREATE_AND_WRITE_PEER, *offset);
                 replicas::fan_out(sheep, view, create, data.clone(), kept.copies).await.map(|()| Bytes::new())
             }
-            Op::Repair { .. } => Err(ResultCode::INVALID_PARMS.into()),
+            Op::Add { .. } | Op::Repair { .. } => Err(ResultCode::INVALID_PARMS.into()),
         }
     }
 
@@ -224,26 +285,27 @@ impl Op {
         kept: Redundancy,
         id: WriteId,
     ) -> Result<(), Failure> {
-        let Op::Write { offset, data } = self else { return Ok(()) };
+        let (Op::Write { .. } | Op::Add { .. }) = self else { return Ok(()) };
+        let (offset, data) = self.written();
         let homes: Vec<NodeId> = view.ring.nodes_of(oid, kept.copies.into()).map(|n| n.nid).collect();
         if is_coded(oid, &kept) {
             return Ok(settle::undo_strips(sheep, oid, &homes, id, view.epoch).await?);
         }
-        let read = request_for(Opcode::READ_PEER, oid, *offset, view, kept.copies, WriteId::default());
+        let read = request_for(Opcode::READ_PEER, oid, offset, view, kept.copies, WriteId::default());
         let read = read.flag(Flags::RECOVERY).length(data.len());
         let found = replicas::on_all(sheep, &homes, read, &Bytes::new()).await;
         let mut written = Vec::new();
         let mut old = None;
         for (home, result) in homes.iter().zip(found) {
             match result {
-                Ok(reply) if reply.data == *data => written.push(*home),
+                Ok(reply) if reply.data == data => written.push(*home),
                 Ok(reply) => old = old.or(Some(reply.data)),
                 Err(failure) if failure.code == ResultCode::NO_OBJ => {}
                 Err(failure) => return Err(failure),
             }
         }
         let Some(old) = old else { return Ok(()) };
-        let write = request_for(Opcode::WRITE_PEER, oid, *offset, view, kept.copies, id);
+        let write = request_for(Opcode::WRITE_PEER, oid, offset, view, kept.copies, id);
         let results = replicas::on_all(sheep, &written, write, &old).await;
         let failures: Vec<Failure> = results.into_iter().filter_map(Result::err).collect();
         replicas::deciding(&failures).map_or(Ok(()), Err)
@@ -276,6 +338,7 @@ impl Op {
                 let stripes = overlay(range, data, &[]);
                 coded.store(Opcode::CREATE_AND_WRITE_PEER, range, &stripes).await.map(|()| Bytes::new())
             }
+            Op::Add { .. } => Err(ResultCode::INVALID_PARMS.into()),
             Op::Repair { suspect } => coded.repair(size, (*suspect).into()).await.map(|()| Bytes::new()),
         }
     }

@@ -7,12 +7,16 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use sheepdog_client::Reply;
-use sheepdog_proto::{Epoch, Flags, NodeId, Opcode, Request, ResultCode};
+use sheepdog_proto::header::ObjRequest;
+use sheepdog_proto::{CopyPolicy, Epoch, Flags, NodeId, Oid, Opcode, Request, ResultCode};
 
+use super::coded::code_of;
+use super::object::is_coded;
 use crate::peer;
-use crate::recovery::early;
 use crate::peers::IO_DEADLINE;
+use crate::recovery::early;
 use crate::sheep::Sheep;
+use crate::vdi::table::Redundancy;
 use crate::view::View;
 
 /// A read that is not answered within this time is also asked of the next replica.
@@ -154,6 +158,41 @@ pub async fn heal(
         }
     }
     Ok(())
+}
+
+/// Whether the object is there: a replica, or as many strips as its code needs. Fewer are what a creation left that was cut
+/// short, or more losses than the code bears; recovery makes nothing of them.
+pub async fn is_there(sheep: &Arc<Sheep>, view: &View, oid: Oid, kept: Redundancy) -> Result<bool, Failure> {
+    let coded = is_coded(oid, &kept);
+    let (policy, needed) = match coded {
+        true => (kept.policy, code_of(kept.policy)?.data_strips()),
+        false => (CopyPolicy::default(), 1),
+    };
+    let body = ObjRequest {
+        oid,
+        copies: kept.copies,
+        copy_policy: policy.to_byte(),
+        alters: 1,
+        ..ObjRequest::zeroed()
+    };
+    let homes: Vec<NodeId> = view.ring.nodes_of(oid, kept.copies.into()).map(|n| n.nid).collect();
+    if homes.is_empty() {
+        return Err(ResultCode::WAIT_FOR_JOIN.into());
+    }
+    let asked = homes.iter().enumerate().map(|(index, home)| {
+        let ec_index = if coded { index as u8 } else { 0 };
+        let request = Request::new(Opcode::READ_PEER).epoch(view.epoch).length(1);
+        call(sheep, *home, request.with_obj(ObjRequest { ec_index, ..body }), Bytes::new())
+    });
+    let (there, failures): (Vec<_>, Vec<_>) = join_all(asked).await.into_iter().partition(Result::is_ok);
+    if there.len() >= needed {
+        return Ok(true);
+    }
+    let failures = failures.into_iter().filter_map(Result::err);
+    match failures.filter(|failure| failure.code != ResultCode::NO_OBJ).collect::<Vec<_>>().as_slice() {
+        [] => Ok(false),
+        others => Err(deciding(others).unwrap_or(ResultCode::NETWORK_ERROR.into())),
+    }
 }
 
 /// Reads from this node's replica if there is one and it is not still to be recovered, else from the others, beginning

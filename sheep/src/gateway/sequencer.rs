@@ -52,6 +52,10 @@ pub async fn send(
             (request.length(*len), Bytes::new())
         }
         Op::Write { data, .. } | Op::Create { data, .. } => (request.flag(Flags::WRITE), data.clone()),
+        Op::Add { data, new, .. } => {
+            (body.kind, body.regions) = (order::ADD, (new.start as u64) << 32 | new.len() as u64);
+            (request.flag(Flags::WRITE), data.clone())
+        }
         Op::Repair { suspect } => {
             body.offset = (*suspect).into();
             (request.flag(Flags::WRITE), Bytes::new())
@@ -86,6 +90,13 @@ pub async fn perform(sheep: &Arc<Sheep>, request: &Request, payload: Bytes) -> R
     let body = request.order();
     let offset = u64::from(body.offset);
     let op = match Opcode(body.kind) {
+        Opcode(order::ADD) => {
+            let (start, len) = ((body.regions >> 32) as usize, body.regions as u32 as usize);
+            if start + len > payload.len() {
+                return Reply::empty(Response::to(request, ResultCode::INVALID_PARMS));
+            }
+            Op::Add { offset, data: payload, new: start..start + len }
+        }
         Opcode::READ_OBJ => Op::Read { offset, len: request.data_length as usize },
         Opcode::WRITE_OBJ => Op::Write { offset, data: payload },
         Opcode::CREATE_AND_WRITE_OBJ => Op::Create { offset, data: payload },

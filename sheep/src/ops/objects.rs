@@ -255,7 +255,7 @@ pub fn flush_vdi<'a>(sheep: &'a Arc<Sheep>, request: Request, _: Bytes) -> BoxFu
 /// what it would answer itself.
 async fn flush_all(sheep: &Arc<Sheep>) -> ResultCode {
     let view = sheep.views.load();
-    let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+    let others = view.others(sheep.me);
     let asked = others.map(|node| async move {
         let request = Request::new(Opcode::FLUSH_PEER);
         let reply = sheep.peers.call(&node, request, Bytes::new(), FLUSH_DEADLINE).await;

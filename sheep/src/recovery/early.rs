@@ -400,11 +400,14 @@ pub async fn take(
     if payload.len() > LONGEST || sheep.early.knows(oid, view.epoch, id) {
         return Ok(Taken::Wait);
     }
-    tracing::debug!("{oid}: {id:?} at {offset}, {} bytes, epoch {}, comes before it", payload.len(), view.epoch);
+    tracing::debug!(
+        "{oid}: {id:?} at {offset}, {} bytes, epoch {}, comes before it",
+        payload.len(),
+        view.epoch
+    );
     let first = !sheep.early.has_of(oid, view.epoch);
-    let added =
-        tokio::task::block_in_place(|| sheep.early.add(oid, view.epoch, id, offset as u32, payload))
-            .map_err(|error| unnoted(sheep, oid, &error))?;
+    let added = tokio::task::block_in_place(|| sheep.early.add(oid, view.epoch, id, offset as u32, payload))
+        .map_err(|error| unnoted(sheep, oid, &error))?;
     if first {
         sheep.recovery.put_first(oid);
     }
@@ -440,7 +443,13 @@ pub async fn forget(sheep: &Arc<Sheep>, oid: Oid) {
 }
 
 /// What `home` logged of an object in an epoch that is over; `None` = nothing, or it cannot tell.
-pub async fn ask(sheep: &Arc<Sheep>, view: &View, home: NodeId, oid: Oid, epoch: Epoch) -> Option<Vec<Patch>> {
+pub async fn ask(
+    sheep: &Arc<Sheep>,
+    view: &View,
+    home: NodeId,
+    oid: Oid,
+    epoch: Epoch,
+) -> Option<Vec<Patch>> {
     let size = sheep.size_of(oid, view);
     let writes = if home == sheep.me {
         sheep.early.writes(oid, epoch, 0).ok()?
@@ -660,7 +669,8 @@ mod tests {
 
     #[test]
     fn what_was_overwritten_is_not_told() {
-        let writes = [patch(10, b"aaaa"), patch(12, b"bb"), patch(30, b"c"), patch(14, b"dd"), patch(8, b"ee")];
+        let writes =
+            [patch(10, b"aaaa"), patch(12, b"bb"), patch(30, b"c"), patch(14, b"dd"), patch(8, b"ee")];
         let expected = [patch(8, b"eeaabbdd"), patch(30, b"c")];
         assert_eq!(merged(&writes), expected);
         assert_eq!(decode_patches(&encode_patches(&expected)).as_deref(), Some(&expected[..]));
@@ -683,7 +693,9 @@ mod tests {
             store.create(replica, size, 0, Bytes::from_static(b"before")).await.expect("created");
         }
         for (index, epoch) in [(1, 4), (1, 5), (2, 5), (3, 4)] {
-            assert!(early.add(oid(index), Epoch(epoch), id(index), u32::from(epoch == 5), b"new").expect("added"));
+            assert!(
+                early.add(oid(index), Epoch(epoch), id(index), u32::from(epoch == 5), b"new").expect("added")
+            );
         }
         early.complete_files(&store, E).await.expect("completed");
         for (index, bytes) in [(1, b"bnewre"), (3, b"before")] {

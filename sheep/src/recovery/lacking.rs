@@ -85,7 +85,7 @@ pub async fn known(sheep: &Sheep, epoch: Epoch) {
 pub async fn learn(sheep: &Arc<Sheep>, active: &Active) -> bool {
     let view = sheep.views.load();
     if sheep.vdis.max_data_strips() > 1 {
-        let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+        let others = view.others(sheep.me);
         let answers = join_all(others.map(|node| ask(sheep, active, node))).await;
         for entries in answers {
             let Some(entries) = entries else { return false };

@@ -69,6 +69,8 @@ pub struct Pending {
     pub failed: Vec<Oid>,
     /// Not to be had when last tried.
     pub unfound: HashSet<Oid>,
+    /// Of these: those of which there are fewer strips, wherever they may be, than their code needs.
+    pub fruitless: HashSet<Oid>,
     /// Why, for one of them.
     pub reason: String,
     /// Done although the list is not there yet.
@@ -88,6 +90,7 @@ impl Active {
     pub fn done(&self, oid: Oid) {
         let mut work = self.work.lock();
         work.unfound.remove(&oid);
+        work.fruitless.remove(&oid);
         if work.todo.remove(&oid) {
             self.finished.fetch_add(1, Ordering::Relaxed);
         }
@@ -98,6 +101,16 @@ impl Active {
             waiters.into_iter().for_each(|w| {
                 let _ = w.send(());
             });
+        }
+    }
+
+    /// Notes whether fewer strips of the object are left than its code needs.
+    pub fn note_fruitless(&self, oid: Oid, fruitless: bool) {
+        let mut work = self.work.lock();
+        if fruitless {
+            work.fruitless.insert(oid);
+        } else {
+            work.fruitless.remove(&oid);
         }
     }
 
@@ -247,6 +260,11 @@ impl Recovery {
         }
     }
 
+    /// Whether the running round has found fewer strips of `oid` than its code needs, and knows that there are no others.
+    pub fn is_fruitless(&self, oid: Oid) -> bool {
+        self.current.lock().as_ref().is_some_and(|active| active.work.lock().fruitless.contains(&oid))
+    }
+
     /// Whether a request may use this node's replica of `oid` now. Waits while the object is still to be recovered
     /// here, after putting it first; `false` = something changed, look again.
     pub async fn ready(&self, sheep: &Arc<Sheep>, oid: Oid, view: &View) -> bool {
@@ -304,7 +322,8 @@ impl Recovery {
     /// node was its home from the beginning of the epoch, all members know what an early write is, and it is clear who the homes
     /// of late were.
     pub fn takes_early(&self, sheep: &Sheep, oid: Oid, view: &View) -> bool {
-        if !oid.is_data() || is_coded(oid, &sheep.redundancy(oid.vid(), view)) || self.altered.has(oid.vid()) {
+        if !oid.is_data() || is_coded(oid, &sheep.redundancy(oid.vid(), view)) || self.altered.has(oid.vid())
+        {
             return false;
         }
         self.awaits(sheep, oid, view).is_some_and(|active| {

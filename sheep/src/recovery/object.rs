@@ -51,6 +51,8 @@ pub enum Recovered {
     Replaced,
     /// Not now; the reason.
     Later(String),
+    /// Fewer strips than the code needs are left, this many, and there are no others.
+    TooFew(usize),
 }
 
 /// What one epoch's homes said.
@@ -489,7 +491,8 @@ impl Hunt<'_> {
     /// Makes the object out of what was found and what was written since. The caller holds a pass of the epoch.
     async fn make(&self, store: &Store, view: &View, found: Bytes) -> Result<(), ResultCode> {
         let (sheep, epoch) = (self.sheep, self.active.round.epoch);
-        let early = sheep.early.writes(self.oid, epoch, 0).map_err(|error| unnoted(sheep, self.oid, &error))?;
+        let early =
+            sheep.early.writes(self.oid, epoch, 0).map_err(|error| unnoted(sheep, self.oid, &error))?;
         let whole = match self.since.is_empty() && early.is_empty() {
             true => found,
             false => {

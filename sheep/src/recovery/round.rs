@@ -12,9 +12,9 @@ use sheepdog_proto::{
     ClusterFlags, Epoch, Flags, NodeId, NodeRecord, ObjectKind, Oid, Opcode, Request, ResultCode, Wire,
 };
 
-use super::{Active, early};
 use super::object::{Recovered, recover};
 use super::pace::{Moment, Pace, Verdict};
+use super::{Active, early};
 use crate::cluster::worker::Worker;
 use crate::peers::Lane;
 use crate::sheep::Sheep;
@@ -127,7 +127,7 @@ async fn stash(sheep: &Arc<Sheep>, active: &Active) -> bool {
 async fn level(sheep: &Arc<Sheep>, active: &Active) -> bool {
     let view = sheep.views.load();
     if view.alters > 0 {
-        let others = view.members().iter().map(|n| n.nid).filter(|n| *n != sheep.me);
+        let others = view.others(sheep.me);
         join_all(others.map(|node| level_at(sheep, active, node, view.alters))).await;
     }
     !active.is_replaced()
@@ -353,27 +353,30 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
 }
 
 async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
-    match recover(sheep, active, oid).await {
-        Recovered::Here => active.done(oid),
+    let recovered = recover(sheep, active, oid).await;
+    active.note_fruitless(oid, matches!(recovered, Recovered::TooFew(_)));
+    let reason = match recovered {
+        Recovered::Here => return active.done(oid),
         Recovered::Nowhere => {
             active.done(oid);
-            early::forget(sheep, oid).await;
+            return early::forget(sheep, oid).await;
         }
         // The gate was closed for a moment without a new epoch: the object is still to do.
         Recovered::Replaced if !active.is_replaced() => {
             if !put_off(active, oid, None) {
                 active.work.lock().urgent.push_back(oid);
             }
+            return;
         }
-        Recovered::Replaced => {}
-        Recovered::Later(reason) => {
-            tracing::debug!("{oid} is not recovered yet: {reason}");
-            if !put_off(active, oid, Some(reason)) {
-                tokio::time::sleep(PASS_PAUSE.0).await;
-                active.work.lock().urgent.push_back(oid);
-                active.wake.notify_one();
-            }
-        }
+        Recovered::Replaced => return,
+        Recovered::Later(reason) => reason,
+        Recovered::TooFew(n) => format!("only {n} strips are left"),
+    };
+    tracing::debug!("{oid} is not recovered yet: {reason}");
+    if !put_off(active, oid, Some(reason)) {
+        tokio::time::sleep(PASS_PAUSE.0).await;
+        active.work.lock().urgent.push_back(oid);
+        active.wake.notify_one();
     }
 }
 

@@ -102,7 +102,7 @@ impl Search<'_> {
             if epoch.0 <= 1 || !self.removed.is_before(epoch) {
                 return Err(match self.found.len() {
                     0 => Recovered::Nowhere,
-                    n => Recovered::Later(format!("only {n} strips are left")),
+                    n => Recovered::TooFew(n),
                 });
             }
             epoch = Epoch(epoch.0 - 1);

@@ -201,8 +201,10 @@ sheep --cache size=SIZE[,dir=DIRECTORY][,directio]: keep objects of volumes used
 
 const LOCK_GRACE_DETAIL: &str = "\
 sheep --lock-grace SECONDS: a VDI that is locked through a node which left the cluster, and has not returned after so
-\tmany seconds, can be opened again. The machine that used it must be off by then: a client that goes on through another
-\tnode is not noticed
+\tmany seconds, can be opened again; so can one whose client came over TCP and has had no connection to this node for so
+\tlong (processes that came over the Unix socket are watched without this option). Who comes back later may not write
+\twhile another client holds the VDI: no node lets anybody write to a VDI that is locked through another one. The same
+\tvalue on all nodes; a client must lock and write through one node
 ";
 
 const NBD_DETAIL: &str = "\

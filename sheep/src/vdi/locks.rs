@@ -108,6 +108,11 @@ impl Lock {
         if takes_part || validate { ResultCode::SUCCESS } else { ResultCode::NO_VDI }
     }
 
+    /// Whether several nodes may hold it at once.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, Lock::Shared(_))
+    }
+
     /// Who shares the VDI.
     pub fn participants(&self) -> Vec<NodeId> {
         match self {

@@ -3,6 +3,7 @@
 pub mod attr;
 pub mod create;
 pub mod delete;
+pub mod holders;
 mod leaks;
 pub mod locks;
 pub mod lookup;

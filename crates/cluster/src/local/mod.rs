@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
 pub use layout::MAX_LOCAL_NODES;
+pub use pidfd::PidFd;
 pub use wake::block_event_signal;
 
 use crate::{BoxFuture, Driver, DriverError, Event, Lock, Reply, Request};

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use sheepdog_proto::header::{ObjRequest, VdiRequest};
 use sheepdog_proto::{ClusterFlags, Flags, Oid, Opcode, Request, ResultCode, VdiId};
@@ -237,6 +238,60 @@ fn a_creation_replaces_strips_that_make_no_block() {
     assert_content(&mut a, vid, 1, &expected(1, 0, &[1]));
     cluster.wait_gathered();
     cluster.assert_strips_agree(2, 2);
+}
+
+/// A gateway dies in the middle of its creations; the other target then writes to the same blocks.
+#[test]
+fn creations_of_a_gateway_that_died_are_added_to() {
+    for coded in [false, true] {
+        let builder = builder(5);
+        let mut cluster = if coded { builder.erasure(2, 2).start() } else { builder.copies(3).start() };
+        cluster.client().create_vdi("shared", 256 << SHIFT).expect("create");
+        let (vid, [a, mut b]) = sharers(&cluster, "shared");
+        let acknowledged = AtomicU32::new(0);
+        let mut clients = vec![a];
+        clients.extend((0..3).map(|_| cluster.nodes[0].client()));
+        std::thread::scope(|scope| {
+            // Four at once, so that some are cut short.
+            for (lane, mut client) in (0..4).zip(clients) {
+                let acknowledged = &acknowledged;
+                scope.spawn(move || {
+                    for block in (lane..64).step_by(4) {
+                        let code =
+                            client.create_obj(Oid::data(vid, block), None, place(0) as u32, &piece(0, block));
+                        if !code.is_ok_and(ResultCode::is_ok) {
+                            return;
+                        }
+                        acknowledged.fetch_add(1, Ordering::AcqRel);
+                    }
+                });
+            }
+            sheepdog_testkit::wait("some creations", || acknowledged.load(Ordering::Acquire) >= 16);
+            cluster.kill9(0);
+        });
+        eprintln!("{} of 64 were acknowledged, coded {coded}", acknowledged.load(Ordering::Acquire));
+        for block in 0..64 {
+            create(&mut b, vid, None, block, 1).expect("created");
+        }
+        let kept = |block: u32, b: &mut Client| {
+            let data = content(b, vid, block).expect("read");
+            assert_eq!(data[place(1)..][..PIECE], piece(1, block), "block {block}");
+            let first = &data[place(0)..][..PIECE];
+            // What was not acknowledged is there as a whole or not at all.
+            assert!(
+                *first == piece(0, block) || first.iter().all(|byte| *byte == 0),
+                "block {block} is torn"
+            );
+            u32::from(*first == piece(0, block))
+        };
+        let there: u32 = (0..64).map(|block| kept(block, &mut b)).sum();
+        assert!(there >= acknowledged.load(Ordering::Acquire), "only {there} are left, coded {coded}");
+        cluster.wait_gathered();
+        match coded {
+            true => cluster.assert_strips_agree(2, 2),
+            false => cluster.assert_replicas_equal(3),
+        }
+    }
 }
 
 /// Who holds a VDI alone replaces what is there: what an unfinished request of its own, or a discard, left.

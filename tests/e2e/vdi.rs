@@ -378,19 +378,21 @@ fn one_of_several_exclusive_creators_of_an_attribute_succeeds() {
         };
         (0..ROUNDS).map(once).collect::<Vec<_>>()
     };
-    let answers: Vec<Vec<_>> = std::thread::scope(|scope| {
-        let creators: Vec<_> = (0..3).map(|node| scope.spawn(move || create(node))).collect();
-        creators.into_iter().map(|creator| creator.join().expect("no panic")).collect()
+    let answers: [Vec<_>; 3] = std::thread::scope(|scope| {
+        let creators = [0, 1, 2].map(|node| scope.spawn(move || create(node)));
+        creators.map(|creator| creator.join().expect("no panic"))
     });
+    let [a, b, c] = answers;
     let mut won = [0; 3];
-    for round in 0..ROUNDS {
-        let results = [0, 1, 2].map(|node: usize| answers[node][round].result);
+    for (round, ((a, b), c)) in a.into_iter().zip(b).zip(c).enumerate() {
+        let answers = [a, b, c];
+        let results = answers.map(|answer| answer.result);
         let winners: Vec<usize> = (0..3).filter(|node| results[*node].is_ok()).collect();
         let [winner] = winners[..] else { panic!("round {round}: {results:?}") };
         let refused = results.iter().filter(|result| **result == ResultCode::VDI_EXIST).count();
         assert_eq!(refused, 2, "round {round}: {results:?}");
         won[winner] += 1;
-        let place = answers[winner][round].vdi();
+        let place = answers[winner].vdi();
         for node in &cluster.nodes {
             let oid = Oid::attr(place.vdi_id.get(), place.attr_id);
             let (_, record) = node.client().read_obj(oid, 0, ATTR_LEN).expect("read");

@@ -7,7 +7,7 @@ use sheepdog_proto::inode::table_offset;
 use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode};
 use sheepdog_testkit::load::{Load, Region};
 use sheepdog_testkit::vdi::name_payload;
-use sheepdog_testkit::{Builder, Cluster};
+use sheepdog_testkit::{Builder, Cluster, wait};
 
 /// Cluster operations waiting at one node, more than it admits at once.
 const WAITING: usize = 1600;
@@ -119,4 +119,25 @@ fn erasure_coded_data_survives_as_many_losses_as_there_are_parity_strips() {
     assert!(read(&mut cluster) == expected, "all are back");
     let check = cluster.dog(&["vdi", "check", "coded"]).ok();
     assert_eq!(check.trim(), "finish check&repair coded");
+}
+
+/// A deletion looks for objects that may not exist. Whether they do is known when the recovery that follows a join has made its
+/// list, which needs the joiner's table, which stands behind the deletion in the queue.
+#[test]
+fn a_deletion_does_not_wait_for_itself_when_a_node_joins() {
+    let mut cluster = Builder::new(4).copies(3).start();
+    cluster.client().create_vdi("vm", 16 << 20).expect("create");
+    cluster.kill9(3);
+    cluster.wait_gathered();
+    let mut client = cluster.nodes[1].client();
+    cluster.sigstop(2);
+    let payload = name_payload("vm", Some(""));
+    let request = Request::new(Opcode::DEL_VDI).flag(Flags::WRITE).length(payload.len());
+    client.send(request, &payload).expect("send");
+    wait("the deletion to begin", || cluster.nodes[1].log().contains("op=DEL_VDI"));
+    cluster.start(3);
+    wait("the join", || cluster.members(1).len() == 4);
+    cluster.sigcont(2);
+    assert_eq!(client.receive().expect("an answer").0.result, ResultCode::SUCCESS);
+    cluster.wait_gathered();
 }

@@ -3,7 +3,7 @@
 //! They share one queue so that a VDI is never looked up or created between a node's join and the arrival of its table
 //! (spec 04, 5.6).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,7 +83,14 @@ impl Worker {
 
 /// Works the queue off, for ever.
 pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedReceiver<Work>) {
-    while let Some(work) = queue.recv().await {
+    // What came while an operation ran and does not go beside it.
+    let mut behind = VecDeque::new();
+    loop {
+        let next = match behind.pop_front() {
+            Some(work) => Some(work),
+            None => queue.recv().await,
+        };
+        let Some(work) = next else { return };
         match work {
             Work::Fetch(nodes, joiners) => {
                 for node in nodes {
@@ -109,14 +116,27 @@ pub async fn run(sheep: Arc<Sheep>, worker: Worker, mut queue: mpsc::UnboundedRe
                     // The sender lives in `worker`.
                     let _ = lost.wait_for(|n| *n != losses).await;
                 };
-                let done = tokio::select! {
-                    biased;
-                    () = lost => {
-                        tracing::warn!("{} is abandoned: the session was lost", request.opcode);
-                        work.abort();
-                        work.await
+                tokio::pin!(lost);
+                let done = loop {
+                    tokio::select! {
+                        biased;
+                        () = &mut lost => {
+                            tracing::warn!("{} is abandoned: the session was lost", request.opcode);
+                            work.abort();
+                            break work.await;
+                        }
+                        done = &mut work => break done,
+                        Some(next) = queue.recv() => match next {
+                            // The operation may wait for an object whose recovery waits for this table.
+                            Work::Fetch(nodes, true) if behind.is_empty() => {
+                                for node in nodes {
+                                    fetch(&sheep, node, true).await;
+                                }
+                                worker.fetches.send_modify(|n| *n -= 1);
+                            }
+                            next => behind.push_back(next),
+                        },
                     }
-                    done = &mut work => done,
                 };
                 let failed = |_| Reply::empty(Response::to(&request, ResultCode::SYSTEM_ERROR));
                 let reply = done.unwrap_or_else(failed);

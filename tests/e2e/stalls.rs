@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use sheepdog_proto::header::VdiRequest;
-use sheepdog_proto::inode::{InodeHeader, table_offset};
-use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode, Wire};
+use sheepdog_proto::inode::table_offset;
+use sheepdog_proto::{Flags, Oid, Opcode, Request, ResultCode};
 use sheepdog_testkit::load::{Load, Region};
 use sheepdog_testkit::vdi::name_payload;
-use sheepdog_testkit::{Builder, Cluster};
+use sheepdog_testkit::{Builder, Cluster, wait};
 
 /// Cluster operations waiting at one node, more than it admits at once.
 const WAITING: usize = 1600;
@@ -121,32 +121,23 @@ fn erasure_coded_data_survives_as_many_losses_as_there_are_parity_strips() {
     assert_eq!(check.trim(), "finish check&repair coded");
 }
 
-/// A deletion removes memory that was saved, and what may be missing only because it is on its way to its new homes has to be
-/// recovered first. That must not wait for the table of a node that joins while that waits for the deletion: the whole cluster
-/// stood still.
+/// A deletion looks for objects that may not exist. Whether they do is known when the recovery that follows a join has made its
+/// list, which needs the joiner's table, which stands behind the deletion in the queue.
 #[test]
-fn deletions_go_on_while_nodes_join() {
-    const VDIS: usize = 20;
-    let mut cluster = Cluster::new(4);
-    let mut client = cluster.nodes[0].client();
-    for i in 0..VDIS {
-        let vid = client.create_vdi(&format!("v{i}"), 4 << 20).expect("create");
-        // No memory is there, but a deletion looks for 60 blocks of it.
-        let header = InodeHeader { vm_state_size: 60 * (4 << 20), ..client.inode(vid).expect("its inode") };
-        assert!(client.write_obj(Oid::inode(vid), 0, &header.encode()).expect("an answer").is_ok());
-    }
+fn a_deletion_does_not_wait_for_itself_when_a_node_joins() {
+    let mut cluster = Builder::new(4).copies(3).start();
+    cluster.client().create_vdi("vm", 16 << 20).expect("create");
     cluster.kill9(3);
-    cluster.wait_recovered();
-    let deleting = std::thread::spawn(move || {
-        let gone = |i: &usize| {
-            let response = client.vdi_op(Opcode::DEL_VDI, &format!("v{i}"), None, VdiRequest::zeroed());
-            response.result == ResultCode::SUCCESS
-        };
-        (0..VDIS).filter(gone).count()
-    });
+    cluster.wait_gathered();
+    let mut client = cluster.nodes[1].client();
+    cluster.sigstop(2);
+    let payload = name_payload("vm", Some(""));
+    let request = Request::new(Opcode::DEL_VDI).flag(Flags::WRITE).length(payload.len());
+    client.send(request, &payload).expect("send");
+    wait("the deletion to begin", || cluster.nodes[1].log().contains("op=DEL_VDI"));
     cluster.start(3);
-    cluster.wait_members(4);
-    assert!(!deleting.is_finished(), "the node joined too late to meet a deletion");
-    assert_eq!(deleting.join().expect("every deletion was answered"), VDIS);
-    cluster.wait_recovered();
+    wait("the join", || cluster.members(1).len() == 4);
+    cluster.sigcont(2);
+    assert_eq!(client.receive().expect("an answer").0.result, ResultCode::SUCCESS);
+    cluster.wait_gathered();
 }

@@ -122,9 +122,10 @@ async fn serve(
         )
     };
     let durable = opened.as_ref().is_some_and(|o| o.store.sync_mode() != SyncMode::NoSync);
-    let early = EarlyWrites::open(meta.path(), durable);
+    let early = EarlyWrites::open(meta.path(), durable)
+        .map_err(|e| format!("cannot read the log of early writes in {}: {e}", meta.path().display()))?;
     if meta.is_formatting() {
-        early.clear();
+        early.clear().map_err(|e| e.to_string())?;
         if let Some(opened) = &opened {
             opened.store.format(opened.store.layout()).await.map_err(|e| e.to_string())?;
         }

@@ -278,6 +278,7 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     // What recovery made of it lacks the last writes.
     let open = recovering && replica.strip.is_none() && sheep.early.has_of(body.oid, view.epoch);
     if open && (store.exists(replica) || body.tgt_epoch == Epoch(0)) {
+        sheep.recovery.hurry(body.oid);
         return Err(ResultCode::AGAIN);
     }
     if recovering && body.oid.is_data() && store.is_cut_off(replica, body.tgt_epoch, size) {
@@ -347,19 +348,25 @@ async fn write(
     let id = write_id(&body);
     sheep.intents.asked(body.oid, id);
     let plain = request.opcode == Opcode::WRITE_PEER;
-    let (mut view, mut pass) = admit_write(sheep, request, body.oid, wanted, plain).await?;
-    if plain && sheep.recovery.takes_early(sheep, body.oid, &view) {
-        match write_early(sheep, &view, &body, &payload).await? {
-            Taken::Yes => return acknowledge(sheep, pass).map(|()| Written::Early),
-            Taken::Here => {}
-            Taken::Wait => {
-                drop(pass);
-                (view, pass) = admit_write(sheep, request, body.oid, wanted, false).await?;
-            }
+    let mut may_be_early = plain;
+    let (view, pass) = loop {
+        let (view, pass) = admit_write(sheep, request, body.oid, wanted, may_be_early).await?;
+        if !may_be_early || !sheep.recovery.is_missing(sheep, body.oid, &view) {
+            break (view, pass);
         }
-    }
+        if sheep.recovery.takes_early(sheep, body.oid, &view)
+            && write_early(sheep, &view, &body, &payload).await? == Taken::Yes
+        {
+            return acknowledge(sheep, pass).map(|()| Written::Early);
+        }
+        may_be_early = false;
+    };
     if sheep.early.has_of(body.oid, view.epoch) {
-        early::finish(sheep, &view, body.oid, 0).await?;
+        // Recovery is done with it all the same.
+        match sheep.store.as_ref().is_some_and(|s| s.exists(Sheep::replica(body.oid))) {
+            true => early::finish(sheep, &view, body.oid, 0).await?,
+            false => early::forget(sheep, body.oid).await,
+        }
     }
     if is_misnamed(sheep, &body, &view) {
         return Err(ResultCode::OLD_NODE_VER);

@@ -101,6 +101,13 @@ fn a_name_outlives_the_node_that_makes_a_snapshot() {
     cluster.kill9(requester);
     cluster.sigcont(silent);
     cluster.wait_members(5);
+    cluster.wait_gathered();
+    if !cluster.holders(Oid::inode(child)).is_empty() {
+        for node in cluster.running() {
+            let mut client = cluster.nodes[node].client();
+            wait("the name to go on with what was made", || client.lookup(&name, "", 0) == Ok(child));
+        }
+    }
     cluster.start(requester);
     cluster.wait_recovered();
     let mut client = cluster.client();

@@ -211,7 +211,15 @@ pub fn notify_vdi_add<'a>(
             snapshot: false,
             known: true,
         };
+        // The new VDI of a snapshot whose node could not say any more that it is made.
+        let completes = body.set_bitmap != 0 && !body.old_vid.is_none();
+        if completes && task.sheep.vdis.is_in_use(body.new_vid) {
+            return ResultCode::SUCCESS;
+        }
         task.sheep.vdis.announce(sender.nid, body.old_vid, body.new_vid, redundancy, body.set_bitmap != 0);
+        if completes {
+            carry_lock_over(task, body.new_vid);
+        }
         ResultCode::SUCCESS
     })
 }
@@ -258,14 +266,18 @@ pub fn new_vdi<'a>(
         task.sheep.vdis.set_in_use(vid);
         // A snapshot or a live rollback: clients with the VDI open go on with the new one (spec 05, 16).
         if message.request.vdi().snapid != 0 {
-            if task.sheep.vdis.is_collecting() {
-                task.lock_log.push(LockChange::CarriedOver(vid));
-            } else {
-                task.sheep.vdis.carry_lock_over(vid);
-            }
+            carry_lock_over(task, vid);
         }
         ResultCode::SUCCESS
     })
+}
+
+fn carry_lock_over(task: &mut Task, vid: VdiId) {
+    if task.sheep.vdis.is_collecting() {
+        task.lock_log.push(LockChange::CarriedOver(vid));
+    } else {
+        task.sheep.vdis.carry_lock_over(vid);
+    }
 }
 
 /// DEL_VDI.

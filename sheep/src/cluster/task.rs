@@ -9,7 +9,7 @@ use sheepdog_placement::{Ring, Weights};
 use sheepdog_proto::config::EpochLog;
 use sheepdog_proto::message::ClusterMessage;
 use sheepdog_proto::{
-    ClusterInfo, ClusterStatus, Flags, NodeId, NodeRecord, Opcode, Response, ResultCode, VdiId,
+    ClusterInfo, ClusterStatus, Flags, NodeId, NodeRecord, Oid, Opcode, Response, ResultCode, VdiId,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -18,6 +18,7 @@ use super::state::{Action, State, Tables};
 use super::worker::{Work, Worker};
 use crate::dispatch;
 use crate::recovery;
+use crate::recovery::early;
 use crate::settle;
 use crate::sheep::Sheep;
 use crate::start;
@@ -428,6 +429,12 @@ impl Task {
         let published = actions.contains(&Action::Publish);
         if published {
             self.sheep.gate.close().await;
+            let over = self.sheep.views.epoch();
+            if over != self.state.epoch()
+                && let Err(error) = early::abandon_incomplete(&self.sheep, over).await
+            {
+                return self.end(1, &[format!("cannot remove objects that lack writes: {error}")]);
+            }
         }
         for action in actions {
             self.act_one(action).await;
@@ -501,10 +508,17 @@ impl Task {
     fn publish(&mut self) {
         let view = view_of(&self.state);
         let (status, epoch, alters) = (view.status, view.epoch, view.alters);
-        if self.sheep.views.epoch() != epoch {
+        let before = self.sheep.views.load();
+        if before.epoch != epoch {
             self.sheep.intents.epoch_ends();
-        } else {
-            self.sheep.early.keep_homes(epoch, |oid| self.sheep.is_home(oid, &view));
+        } else if before.alters != alters && status == ClusterStatus::Ok {
+            let sheep = &self.sheep;
+            let may_be_home =
+                |oid: Oid| !sheep.redundancy(oid.vid(), &view).known || sheep.is_home(oid, &view);
+            let kept = tokio::task::block_in_place(|| sheep.early.keep_homes(epoch, may_be_home));
+            if let Err(error) = kept {
+                self.end(1, &[format!("cannot note which early writes are of no interest: {error}")]);
+            }
         }
         // Open first: whoever sees the new view finds the gate open.
         let ending = status == ClusterStatus::Killed && self.state.joined && !self.state.left;
@@ -550,7 +564,9 @@ impl Task {
         self.sheep.recovery.stop();
         self.sheep.tombstones.clear();
         self.sheep.recovery.lacking.clear();
-        self.sheep.early.clear();
+        if let Err(error) = tokio::task::block_in_place(|| self.sheep.early.clear()) {
+            return self.end(1, &[format!("cannot clear the log of early writes: {error}")]);
+        }
         tokio::task::block_in_place(|| self.sheep.recovery.altered.clear());
         self.sheep.history.restart(sheepdog_proto::Epoch(1));
         if let Some(store) = &self.sheep.store {

@@ -141,7 +141,7 @@ fn parse(bytes: &[u8]) -> (u64, u64, HashMap<Oid, Vec<Entry>>) {
         }
         let (epoch, oid) = (Epoch(u32::get(&header[20..])), Oid::get(&header[28..]));
         if len == DROPPED {
-            remove(&mut writes, oid, epoch);
+            remove(&mut writes, oid, epoch, u64::MAX);
         } else {
             let offset = u32::get(&header[24..]);
             let entry = Entry { epoch, id: WriteId::default(), offset, len, at: (at + HEADER) as u64 };
@@ -152,10 +152,10 @@ fn parse(bytes: &[u8]) -> (u64, u64, HashMap<Oid, Vec<Entry>>) {
     (generation.unwrap_or(0), at as u64, writes)
 }
 
-/// Removes the writes of an object in an epoch; 0 = in all.
-fn remove(writes: &mut HashMap<Oid, Vec<Entry>>, oid: Oid, epoch: Epoch) {
+/// Removes the writes of an object in an epoch, 0 = in all, as far as they are before a position of the log.
+fn remove(writes: &mut HashMap<Oid, Vec<Entry>>, oid: Oid, epoch: Epoch, before: u64) {
     if let Some(all) = writes.get_mut(&oid) {
-        all.retain(|entry| epoch != Epoch(0) && entry.epoch != epoch);
+        all.retain(|entry| entry.at > before || epoch != Epoch(0) && entry.epoch != epoch);
         if all.is_empty() {
             writes.remove(&oid);
         }
@@ -164,19 +164,29 @@ fn remove(writes: &mut HashMap<Oid, Vec<Entry>>, oid: Oid, epoch: Epoch) {
 
 impl EarlyWrites {
     /// Reads the log.
-    pub fn open(base: &Path, durable: bool) -> EarlyWrites {
+    pub fn open(base: &Path, durable: bool) -> io::Result<EarlyWrites> {
         let path = base.join(FILE);
-        let bytes = std::fs::read(&path).unwrap_or_default();
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
         let (generation, at, writes) = parse(&bytes);
-        let log = Log { generation, at, len: bytes.len() as u64, writes, ..Log::default() };
-        EarlyWrites {
+        if at < bytes.len() as u64 {
+            // What is left of earlier generations, and of a record that was cut off, is not to be taken for a continuation.
+            let file = OpenOptions::new().write(true).open(&path)?;
+            file.set_len(at)?;
+            file.sync_all()?;
+        }
+        let log = Log { generation, at, len: at, writes, ..Log::default() };
+        Ok(EarlyWrites {
             path,
             durable,
             objects: AtomicUsize::new(log.writes.len()),
             log: Mutex::new(log),
             synced: Mutex::new(0),
             turns: Order::default(),
-        }
+        })
     }
 
     /// Whether writes of any epoch are logged for the object.
@@ -315,24 +325,29 @@ impl EarlyWrites {
         id.writer != 0 && all.any(|e| (e.epoch, e.id) == (epoch, id))
     }
 
-    /// The writes of an object are not of interest any more. Durable on return.
-    fn drop_all(&self, oid: Oid) -> io::Result<()> {
-        self.drop_of(oid, Epoch(0))
+    /// The writes of objects in an epoch (0 = in all) are not of interest any more. They count until that is durable.
+    fn drop_of(&self, oids: &[Oid], epoch: Epoch) -> io::Result<()> {
+        let (mut mine, mut dropped) = (0, Vec::new());
+        {
+            let mut log = self.log.lock();
+            for oid in oids.iter().filter(|oid| log.writes.contains_key(oid)).copied().collect::<Vec<_>>() {
+                if let Some((at, upto)) = self.append(&mut log, DROPPED, epoch, 0, oid, &[])? {
+                    mine = upto;
+                    dropped.push((oid, at));
+                }
+            }
+        }
+        self.sync(mine)?;
+        let mut log = self.log.lock();
+        for (oid, before) in dropped {
+            remove(&mut log.writes, oid, epoch, before);
+        }
+        self.objects.store(log.writes.len(), Ordering::Release);
+        Ok(())
     }
 
-    /// Those of an epoch (0 = all) are not.
-    fn drop_of(&self, oid: Oid, epoch: Epoch) -> io::Result<()> {
-        let mine = {
-            let mut log = self.log.lock();
-            if !log.writes.contains_key(&oid) {
-                return Ok(());
-            }
-            let Some((_, mine)) = self.append(&mut log, DROPPED, epoch, 0, oid, &[])? else { return Ok(()) };
-            remove(&mut log.writes, oid, epoch);
-            self.objects.store(log.writes.len(), Ordering::Release);
-            mine
-        };
-        self.sync(mine)
+    fn drop_all(&self, oid: Oid) -> io::Result<()> {
+        self.drop_of(&[oid], Epoch(0))
     }
 
     /// Everybody has everything of `epoch`.
@@ -342,30 +357,31 @@ impl EarlyWrites {
             let is_over = |all: &[Entry]| all.iter().all(|e| !epoch.is_before(e.epoch));
             log.writes.iter().filter(|(_, all)| is_over(all)).map(|(oid, _)| *oid).collect()
         };
-        for oid in over {
-            if let Err(error) = self.drop_all(oid) {
-                tracing::warn!("cannot note that early writes of {oid} are of no interest: {error}");
-            }
+        if let Err(error) = self.drop_of(&over, Epoch(0)) {
+            tracing::warn!("cannot note that early writes of gathered epochs are of no interest: {error}");
         }
     }
 
-    /// In the middle of `epoch`, after copies were altered, this node is the home of those objects only: of others it does not get
-    /// all writes any more.
-    pub fn keep_homes(&self, epoch: Epoch, is_home: impl Fn(Oid) -> bool) {
-        for oid in self.oids().into_iter().filter(|oid| self.has_of(*oid, epoch) && !is_home(*oid)) {
-            if let Err(error) = self.drop_of(oid, epoch) {
-                tracing::error!("cannot note that early writes of {oid} are of no interest: {error}");
-            }
-        }
+    /// In the middle of `epoch`, after copies were altered, this node may be the home of these objects only: of others it does
+    /// not get all writes any more.
+    pub fn keep_homes(&self, epoch: Epoch, may_be_home: impl Fn(Oid) -> bool) -> io::Result<()> {
+        let mut moved = self.oids();
+        moved.retain(|oid| self.has_of(*oid, epoch) && !may_be_home(*oid));
+        self.drop_of(&moved, epoch)
     }
 
     /// Forgets everything (MAKE_FS).
-    pub fn clear(&self) {
-        for oid in self.oids() {
-            if let Err(error) = self.drop_all(oid) {
-                tracing::error!("cannot note that early writes of {oid} are of no interest: {error}");
-            }
+    pub fn clear(&self) -> io::Result<()> {
+        let mut log = self.log.lock();
+        log.writes.clear();
+        self.objects.store(0, Ordering::Release);
+        if log.len > 0 {
+            let file = self.file(&mut log)?;
+            file.set_len(0)?;
+            file.sync_all()?;
         }
+        (log.at, log.len) = (0, 0);
+        Ok(())
     }
 
     /// After a start: what a crash kept from becoming part of files that recovery had made. `latest` is the epoch of the crash.
@@ -374,13 +390,42 @@ impl EarlyWrites {
         for oid in self.oids() {
             let replica = Sheep::replica(oid);
             let Some(size) = store.file_len(replica) else { continue };
-            for (offset, data) in self.writes(oid, latest, 0).map_err(StoreError::Io)? {
-                store.write(replica, size, offset, data).await?;
+            if let Err(error) = self.complete_file(store, oid, size, latest).await {
+                tracing::error!(
+                    "{oid} lacks writes that came before it, it is to be recovered again: {error}"
+                );
+                store.remove(replica).await?;
             }
-            self.drop_all(oid).map_err(StoreError::Io)?;
         }
         Ok(())
     }
+
+    async fn complete_file(
+        &self,
+        store: &Store,
+        oid: Oid,
+        size: u64,
+        latest: Epoch,
+    ) -> Result<(), StoreError> {
+        for (offset, data) in self.writes(oid, latest, 0).map_err(StoreError::Io)? {
+            store.write(Sheep::replica(oid), size, offset, data).await?;
+        }
+        self.drop_all(oid).map_err(StoreError::Io)
+    }
+}
+
+/// `epoch` is over, and no write is in progress. A file that recovery made and that lacks early writes is not the object: the log
+/// with an older version is.
+pub async fn abandon_incomplete(sheep: &Sheep, epoch: Epoch) -> Result<(), StoreError> {
+    let Some(store) = &sheep.store else { return Ok(()) };
+    for oid in sheep.early.oids() {
+        let replica = Sheep::replica(oid);
+        if sheep.early.has_of(oid, epoch) && store.exists(replica) {
+            tracing::warn!("{oid} lacks writes that came before it, it is to be recovered again");
+            store.remove(replica).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Logs a write of part of an object that is still to be recovered here. The caller holds a pass of the epoch.
@@ -406,8 +451,13 @@ pub async fn take(
         view.epoch
     );
     let first = !sheep.early.has_of(oid, view.epoch);
-    let added = tokio::task::block_in_place(|| sheep.early.add(oid, view.epoch, id, offset as u32, payload))
-        .map_err(|error| unnoted(sheep, oid, &error))?;
+    let added = tokio::task::block_in_place(|| sheep.early.add(oid, view.epoch, id, offset as u32, payload));
+    let added = match added {
+        Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            false
+        }
+        other => other.map_err(|error| unnoted(sheep, oid, &error))?,
+    };
     if first {
         sheep.recovery.put_first(oid);
     }
@@ -569,14 +619,14 @@ mod tests {
     #[test]
     fn writes_survive_a_restart_in_their_order() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         assert!(early.add(oid(1), E, id(1), 100, b"one").expect("added"));
         assert!(early.add(oid(2), E, id(2), 0, b"other").expect("added"));
         assert!(early.add(oid(1), E, id(3), 101, b"two").expect("added"));
         assert!(early.add(oid(1), Epoch(6), id(4), 7, b"later").expect("added"));
         assert!(early.knows(oid(1), E, id(3)) && !early.knows(oid(1), E, id(2)));
         assert!(!early.knows(oid(1), E, WriteId::default()), "the original numbers no writes");
-        for early in [early, EarlyWrites::open(dir.path(), true)] {
+        for early in [early, EarlyWrites::open(dir.path(), true).expect("opened")] {
             let of_5 = early.writes(oid(1), E, 0).expect("read");
             assert_eq!(of_5, [patch(100, b"one"), patch(101, b"two")]);
             assert_eq!(early.writes(oid(1), E, 1).expect("read"), [patch(101, b"two")]);
@@ -588,29 +638,31 @@ mod tests {
     #[test]
     fn what_was_dropped_stays_so() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         for index in [1, 2] {
             assert!(early.add(oid(index), E, id(index), 0, b"data").expect("added"));
         }
         early.drop_all(oid(1)).expect("dropped");
-        let mut again = EarlyWrites::open(dir.path(), true);
+        let mut again = EarlyWrites::open(dir.path(), true).expect("opened");
         assert_eq!(again.oids(), [oid(2)]);
         early.drop_all(oid(2)).expect("dropped");
-        assert!(early.oids().is_empty() && EarlyWrites::open(dir.path(), true).oids().is_empty());
+        assert!(
+            early.oids().is_empty() && EarlyWrites::open(dir.path(), true).expect("opened").oids().is_empty()
+        );
         // From the beginning of the file: what follows is of another generation.
         assert!(early.add(oid(3), E, id(3), 0, b"data").expect("added"));
-        again = EarlyWrites::open(dir.path(), true);
+        again = EarlyWrites::open(dir.path(), true).expect("opened");
         assert_eq!(again.oids(), [oid(3)]);
         // And what is appended after a restart is found by the next.
         assert!(again.add(oid(4), E, id(4), 0, b"more").expect("added"));
         again.drop_all(oid(3)).expect("dropped");
-        assert_eq!(EarlyWrites::open(dir.path(), true).oids(), [oid(4)]);
+        assert_eq!(EarlyWrites::open(dir.path(), true).expect("opened").oids(), [oid(4)]);
     }
 
     #[test]
     fn a_cut_or_damaged_record_ends_the_log() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         for index in [1, 2] {
             assert!(early.add(oid(index), E, id(index), 0, b"data").expect("added"));
         }
@@ -620,16 +672,16 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
             std::fs::write(&path, &bytes).expect("write");
-            assert_eq!(EarlyWrites::open(dir.path(), true).oids().len(), left);
+            assert_eq!(EarlyWrites::open(dir.path(), true).expect("opened").oids().len(), left);
         }
         std::fs::write(&path, &whole[..HEADER + 4 + 20]).expect("write");
-        assert_eq!(EarlyWrites::open(dir.path(), true).oids(), [oid(1)]);
+        assert_eq!(EarlyWrites::open(dir.path(), true).expect("opened").oids(), [oid(1)]);
     }
 
     #[test]
     fn a_full_log_takes_no_more_until_it_is_empty() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), false);
+        let early = EarlyWrites::open(dir.path(), false).expect("opened");
         let piece = vec![1; LONGEST];
         let mut taken = 0;
         while early.add(oid(taken % 2), E, id(taken), 0, &piece).expect("added") {
@@ -645,7 +697,7 @@ mod tests {
     #[test]
     fn objects_of_gathered_epochs_are_of_no_interest() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         for (index, epoch) in [(1, 4), (1, 5), (2, 5), (2, 6)] {
             assert!(early.add(oid(index), Epoch(epoch), id(epoch), 0, b"data").expect("added"));
         }
@@ -656,12 +708,12 @@ mod tests {
     #[test]
     fn an_object_that_moves_away_in_an_epoch_keeps_the_writes_of_others() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         for (index, epoch) in [(1, 4), (1, 5), (2, 5), (3, 5)] {
             assert!(early.add(oid(index), Epoch(epoch), id(epoch), 0, b"data").expect("added"));
         }
-        early.keep_homes(E, |home| home == oid(2));
-        for early in [early, EarlyWrites::open(dir.path(), true)] {
+        early.keep_homes(E, |home| home == oid(2)).expect("noted");
+        for early in [early, EarlyWrites::open(dir.path(), true).expect("opened")] {
             assert!(early.has_of(oid(1), Epoch(4)) && early.has_of(oid(2), E));
             assert!(!early.has_of(oid(1), E) && !early.has(oid(3)));
         }
@@ -686,7 +738,7 @@ mod tests {
         let disk = dir.path().join("obj");
         std::fs::create_dir(&disk).expect("directory");
         let (store, _) = Store::open(&[disk], sheepdog_store::StoreOptions::default()).expect("store");
-        let early = EarlyWrites::open(dir.path(), true);
+        let early = EarlyWrites::open(dir.path(), true).expect("opened");
         let size = 4 << 20;
         for index in [1, 3] {
             let replica = Sheep::replica(oid(index));

@@ -61,6 +61,8 @@ pub struct Pending {
     pub total: u64,
     /// Not done, being done included.
     pub todo: HashSet<Oid>,
+    /// Being done.
+    pub flying: HashSet<Oid>,
     /// Not begun, in order.
     pub queue: VecDeque<Oid>,
     /// Wanted by requests.
@@ -222,7 +224,7 @@ impl Recovery {
         sheep.intents.gathered(epoch);
         tokio::task::block_in_place(|| self.altered.gathered(epoch));
         self.lacking.forget(epoch);
-        sheep.early.gathered(epoch);
+        tokio::task::block_in_place(|| sheep.early.gathered(epoch));
         if sheep.views.load().ring.nr_zones() >= sheep.vdis.max_data_strips() {
             let (store, below) = (store.clone(), Epoch(epoch.0.saturating_sub(1)));
             tokio::spawn(async move {
@@ -332,6 +334,16 @@ impl Recovery {
             let recovers = !round.wildcard && !active.held.load(Ordering::Acquire) && !active.is_replaced();
             whole_epoch && recovers && active.early.load(Ordering::Acquire) && active.work.lock().listed
         })
+    }
+
+    /// Recovers an object now, if it is to be.
+    pub fn hurry(&self, oid: Oid) {
+        let Some(active) = self.current.lock().clone() else { return };
+        let mut work = active.work.lock();
+        if work.todo.contains(&oid) && !work.urgent.contains(&oid) {
+            work.urgent.push_back(oid);
+            active.wake.notify_one();
+        }
     }
 
     /// Recovers an object before those that nobody has asked for.

@@ -462,7 +462,13 @@ impl Hunt<'_> {
             };
         }
         match store.link_stale(replica, epoch).await {
-            Ok(true) => early::finish(self.sheep, &view, self.oid, 0).await,
+            Ok(true) if self.sheep.early.has(self.oid) => {
+                // The link must outlive a power cut as the note does that nothing is missing in the file.
+                let synced = store.sync_dirs().await;
+                synced.map_err(|error| own_fault(crate::faults::peer_result(self.sheep, &error)))?;
+                early::finish(self.sheep, &view, self.oid, 0).await.map_err(own_fault)
+            }
+            Ok(true) => Ok(()),
             Ok(false) | Err(StoreError::NoObject) => Err(ResultCode::NO_OBJ),
             Err(error) => Err(crate::faults::peer_result(self.sheep, &error)),
         }
@@ -506,9 +512,16 @@ impl Hunt<'_> {
         };
         let restored =
             super::pieces::restore(sheep, self.active, store, Sheep::replica(self.oid), whole).await;
-        restored.map_err(|error| crate::faults::peer_result(sheep, &error))?;
-        early::finish(sheep, view, self.oid, early.len()).await
+        let created = restored.map_err(|error| own_fault(crate::faults::peer_result(sheep, &error)))?;
+        // A file that somebody else made has what was logged by then.
+        let included = if created { early.len() } else { 0 };
+        early::finish(sheep, view, self.oid, included).await.map_err(own_fault)
     }
+}
+
+/// A fault of this node's disks says nothing of what another one has.
+fn own_fault(code: ResultCode) -> ResultCode {
+    if code == ResultCode::NO_OBJ { ResultCode::EIO } else { code }
 }
 
 /// The epoch in which the answering node removed the object; 0 = it says nothing.

@@ -56,17 +56,16 @@ pub async fn read(
     }
 }
 
-/// Makes `data`, all of an object or strip, the working file here, unless there is one by now.
+/// Makes `data`, all of an object or strip, the working file here. `false` = there is one by now, which is left alone.
 pub async fn restore(
     sheep: &Sheep,
     active: &Active,
     store: &Store,
     replica: Replica,
     data: Bytes,
-) -> Result<(), StoreError> {
-    let created = match gently(sheep, active, replica.oid) {
+) -> Result<bool, StoreError> {
+    match gently(sheep, active, replica.oid) {
         true => store.restore_gently(replica, data).await,
         false => store.create_if_absent(replica, data.len() as u64, 0, data).await,
-    };
-    created.map(drop)
+    }
 }

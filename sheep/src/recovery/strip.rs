@@ -80,7 +80,7 @@ pub async fn recover(
     let made = match store.is_cut_off(replica, active.round.epoch, len) && store.exists(replica) {
         // Nobody writes to it before it is recovered. One that is whole was made by a gateway meanwhile, and is newer.
         true => store.create(replica, len, 0, strip).await,
-        false => super::pieces::restore(sheep, active, store, replica, strip).await,
+        false => super::pieces::restore(sheep, active, store, replica, strip).await.map(drop),
     };
     match made {
         Ok(()) => Recovered::Here,

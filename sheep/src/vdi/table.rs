@@ -97,14 +97,25 @@ impl Bitmap {
     }
 }
 
+/// A working VDI that was announced as a snapshot, before that is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unfinished {
+    /// By whom.
+    pub by: NodeId,
+    /// Which announcement.
+    pub which: u64,
+    /// The VDI that is to go on.
+    pub child: VdiId,
+}
+
 struct Tables {
     in_use: Bitmap,
     deleted: Bitmap,
     entries: BTreeMap<VdiId, Entry>,
     /// Where locks went that a snapshot took along, from the vid that was locked.
     moved_locks: BTreeMap<VdiId, VdiId>,
-    /// Working VDIs that were announced as snapshots, until the snapshot is made: by whom, and which announcement.
-    unfinished: BTreeMap<VdiId, (NodeId, u64)>,
+    /// Working VDIs that were announced as snapshots, until the snapshot is made.
+    unfinished: BTreeMap<VdiId, Unfinished>,
     announcements: u64,
     /// What was told since this node joined, until the tables of the members have arrived.
     told: Option<Vec<Change>>,
@@ -273,13 +284,9 @@ impl VdiTable {
     }
 
     /// Working VDIs that `node` announced as snapshots and did not make snapshots of.
-    pub fn unfinished_of(&self, node: NodeId) -> Vec<(VdiId, u64)> {
+    pub fn unfinished_of(&self, node: NodeId) -> Vec<(VdiId, Unfinished)> {
         let t = self.tables.read();
-        t.unfinished
-            .iter()
-            .filter(|(_, (by, _))| *by == node)
-            .map(|(vid, (_, which))| (*vid, *which))
-            .collect()
+        t.unfinished.iter().filter(|(_, made)| made.by == node).map(|(vid, made)| (*vid, *made)).collect()
     }
 
     /// An announced snapshot was not finished. Whether its inode says that it is a snapshot all the same decides; an
@@ -287,7 +294,7 @@ impl VdiTable {
     pub fn settle_unfinished(&self, vid: VdiId, which: u64, is_snapshot: bool) -> bool {
         let mut guard = self.tables.write();
         let t = &mut *guard;
-        if t.unfinished.get(&vid).is_none_or(|(_, now)| *now != which) {
+        if t.unfinished.get(&vid).is_none_or(|now| now.which != which) {
             return false;
         }
         t.unfinished.remove(&vid);
@@ -295,6 +302,11 @@ impl VdiTable {
             entry.snapshot = is_snapshot;
         }
         true
+    }
+
+    /// Whether the in-use bit is set.
+    pub fn is_in_use(&self, vid: VdiId) -> bool {
+        self.tables.read().in_use.get(vid.get() as usize)
     }
 
     /// Sets the in-use bit (NEW_VDI).
@@ -570,7 +582,7 @@ impl Tables {
             Change::Announced(node, old, new, redundancy, set_bitmap) => {
                 self.announce(node, old, new, redundancy, set_bitmap);
             }
-            Change::Finished(node) => self.unfinished.retain(|_, (by, _)| *by != node),
+            Change::Finished(node) => self.unfinished.retain(|_, made| made.by != node),
             Change::InUse(vid) => self.in_use.set(vid.get() as usize, true),
             Change::Deleted(vid) => {
                 self.deleted.set(vid.get() as usize, true);
@@ -606,8 +618,10 @@ impl Tables {
             if first {
                 entry.snapshot_since = Some(Instant::now());
             }
-            if first || self.unfinished.contains_key(&old) {
-                self.unfinished.insert(old, (node, self.announcements));
+            if set_bitmap {
+                self.unfinished.remove(&old); // somebody found the new one, see `vdi/unfinished.rs`
+            } else if first || self.unfinished.contains_key(&old) {
+                self.unfinished.insert(old, Unfinished { by: node, which: self.announcements, child: new });
             }
         }
         if new.is_none() {

@@ -1,6 +1,6 @@
 //! Random operations on a cluster and on its model.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
@@ -198,7 +198,13 @@ impl Run {
                 }
             }
             Operation::Snapshot { name, tag } => {
-                let found = self.client.lookup(&name, "", 0);
+                // Other nodes find out whether the new working VDI was made when all is recovered.
+                let settled = Instant::now() + Duration::from_secs(15);
+                let mut found = self.client.lookup(&name, "", 0);
+                while found == Err(ResultCode::NO_VDI) && Instant::now() < settled {
+                    std::thread::sleep(Duration::from_millis(100));
+                    found = self.client.lookup(&name, "", 0);
+                }
                 let chain = self.model.chains.get_mut(&name).expect("it was picked");
                 let old = chain.working.take().expect("it was picked");
                 if found == Ok(old.vid) {

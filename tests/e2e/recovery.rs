@@ -286,6 +286,8 @@ fn metadata_is_recovered_before_data() {
     for name in ["a", "b", "c", "d"] {
         filled(&mut cluster, name, 8);
     }
+    // Until the homes have been told that these writes are done, 30 ms later: what is not done is asked for at once.
+    std::thread::sleep(Duration::from_secs(1));
     cluster.wipe(2);
     cluster.nodes[2].args_mut().extend(["-R".into(), "max=1,interval=100".into()]);
     cluster.start(2);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use sheepdog_proto::admin::RECOVERY_OBJECTS;
 use sheepdog_proto::{Oid, ResultCode, VdiId};
+use sheepdog_testkit::load::{Load, Region, Summary};
 use sheepdog_testkit::{Builder, Cluster, Vdi, wait};
 
 const BLOCK: u64 = 4 << 20;
@@ -227,4 +228,41 @@ fn a_write_waits_if_no_home_has_the_object() {
             assert_contents(&mut cluster, oid, 7);
         }
     }
+}
+
+/// Writers and readers all over a volume that is being recovered, again and again, by nodes that are gateways, too.
+#[test]
+fn writes_and_reads_race_with_the_recovery_of_their_objects() {
+    let mut cluster = Builder::new(5).copies(2).start();
+    let mut client = cluster.client();
+    let vid = client.create_vdi("volume", 64 * BLOCK).expect("create");
+    let mut vdi = Vdi::open(&mut client, vid).expect("open");
+    for block in 0..64 {
+        vdi.write(&mut client, block * BLOCK, &[0; 4096]).expect("write");
+    }
+    let regions = Region::divide(&mut client, vid, 8).expect("regions");
+    let ports = cluster.nodes[..4].iter().map(|n| n.port).collect();
+    let load = Load::start(regions, ports, 7);
+    for _ in 0..3 {
+        for running in [false, true] {
+            let before = load.operations();
+            wait("work", || load.operations() > before + 300);
+            if running {
+                cluster.start(4)
+            } else {
+                cluster.kill9(4)
+            }
+            cluster.wait_recovered();
+        }
+    }
+    let mut regions = load.stop();
+    regions.iter_mut().for_each(|r| r.settle(&mut client));
+    for node in cluster.running() {
+        let mut client = cluster.nodes[node].client();
+        let lost: Vec<String> = regions.iter().flat_map(|r| r.verify(&mut client)).collect();
+        assert!(lost.is_empty(), "node {node}: {lost:?}");
+    }
+    let summary = Summary::of(&regions);
+    assert!(summary.violations.is_empty() && summary.errors.is_empty(), "{:?}", summary.violations);
+    cluster.assert_replicas_equal(2);
 }

@@ -95,8 +95,8 @@ pub struct EarlyWrites {
     path: PathBuf,
     durable: bool,
     log: Mutex<Log>,
-    /// `appended` of what is on disk.
-    synced: Mutex<u64>,
+    /// `appended` of what is on disk; `None` = a flush failed, and nobody knows what is.
+    synced: Mutex<Option<u64>>,
     /// Objects with writes.
     objects: AtomicUsize,
     /// Held while a write is logged, and while the log of an object becomes part of its file.
@@ -184,7 +184,7 @@ impl EarlyWrites {
             durable,
             objects: AtomicUsize::new(log.writes.len()),
             log: Mutex::new(log),
-            synced: Mutex::new(0),
+            synced: Mutex::new(Some(0)),
             turns: Order::default(),
         })
     }
@@ -289,18 +289,18 @@ impl EarlyWrites {
             return Ok(());
         }
         let mut synced = self.synced.lock();
-        if *synced >= mine {
-            return Ok(());
+        match *synced {
+            None => return Err(io::Error::other("an earlier flush of the log of early writes failed")),
+            Some(upto) if upto >= mine => return Ok(()),
+            Some(_) => {}
         }
         let (file, upto) = {
             let log = self.log.lock();
             (log.file.clone(), log.appended)
         };
-        if let Some(file) = file {
-            file.sync_data()?;
-        }
-        *synced = upto;
-        Ok(())
+        let flushed = file.map_or(Ok(()), |file| file.sync_data());
+        *synced = flushed.is_ok().then_some(upto);
+        flushed
     }
 
     /// Logs a write, durably. `false` = there is no room.

@@ -29,6 +29,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::cluster::state::Round;
 use crate::cluster::worker::Worker;
 use crate::gateway::object::is_coded;
+use crate::order::Order;
 use crate::sheep::Sheep;
 use crate::view::View;
 
@@ -43,6 +44,8 @@ pub struct Active {
     pub replaced: AtomicBool,
     /// Objects still to do.
     pub work: Mutex<Pending>,
+    /// Held while an object is recovered: it may be asked for while it is its turn.
+    pub alone: Order,
     /// Something was added to the work, or recovery was enabled.
     pub wake: Notify,
     /// All members know of early writes: they may be taken.
@@ -61,8 +64,6 @@ pub struct Pending {
     pub total: u64,
     /// Not done, being done included.
     pub todo: HashSet<Oid>,
-    /// Being done.
-    pub flying: HashSet<Oid>,
     /// Not begun, in order.
     pub queue: VecDeque<Oid>,
     /// Wanted by requests.
@@ -182,6 +183,7 @@ impl Recovery {
             round: round.clone(),
             replaced: AtomicBool::new(false),
             work: Mutex::default(),
+            alone: Order::default(),
             wake: Notify::new(),
             early: AtomicBool::new(false),
             held: AtomicBool::new(false),

@@ -353,12 +353,8 @@ async fn pass(sheep: &Arc<Sheep>, active: &Arc<Active>, width: usize) {
 }
 
 async fn one(sheep: &Arc<Sheep>, active: &Arc<Active>, oid: Oid) {
-    // Whoever is at it already cares for those that wait, too.
-    if !active.work.lock().flying.insert(oid) {
-        return;
-    }
+    let _alone = active.alone.turn(oid, 0..1, true).await;
     let recovered = recover(sheep, active, oid).await;
-    active.work.lock().flying.remove(&oid);
     active.note_fruitless(oid, matches!(recovered, Recovered::TooFew(_)));
     let reason = match recovered {
         Recovered::Here => return active.done(oid),

@@ -279,7 +279,9 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     let open = recovering && replica.strip.is_none() && sheep.early.has_of(body.oid, view.epoch);
     if open && (store.exists(replica) || body.tgt_epoch == Epoch(0)) {
         sheep.recovery.hurry(body.oid);
-        return Err(ResultCode::AGAIN);
+        // Who asks for the present state, as a gateway that takes a write back, asks until it is here.
+        let present = body.tgt_epoch == Epoch(0);
+        return Err(if present { ResultCode::NETWORK_ERROR } else { ResultCode::AGAIN });
     }
     if recovering && body.oid.is_data() && store.is_cut_off(replica, body.tgt_epoch, size) {
         return Err(ResultCode::AGAIN); // others have what it lacks
@@ -301,7 +303,9 @@ async fn read_data(sheep: &Arc<Sheep>, request: &Request) -> Result<(Bytes, Left
     }
     let epoch = if recovering { body.tgt_epoch } else { request.epoch };
     let wanted = recovering || request.flags.contains(Flags::WILDCARD) || epoch.is_before(view.epoch);
-    if !wanted || (epoch == Epoch(0) && !recovering) {
+    // No epoch: the present state. Of before the first epoch only who searches what was put away in it wants something.
+    let any_epoch = recovering && request.flags.contains(Flags::WILDCARD);
+    if !wanted || (epoch == Epoch(0) && !any_epoch) {
         // Between epochs objects are on their way to the stale area: that is not "none".
         let between = !recovering && sheep.gate.enter(request.epoch).is_none();
         return Err(if between { ResultCode::OLD_NODE_VER } else { ResultCode::NO_OBJ });

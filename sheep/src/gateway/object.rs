@@ -139,9 +139,7 @@ pub(super) async fn take_back(sheep: &Arc<Sheep>, oid: Oid, op: &Op, number: &Nu
             tracing::warn!("{oid}: a failed write is not undone everywhere: {}", failure.code);
             complained = true;
         }
-        // A home that has still to recover the object says AGAIN.
-        let passes = failure.code.is_retriable() || failure.code == ResultCode::AGAIN;
-        if !is_coded(oid, &kept) && !passes {
+        if !is_coded(oid, &kept) && !failure.code.is_retriable() {
             return false;
         }
         let _ = tokio::time::timeout(pause, sheep.views.changed_from(&view)).await;

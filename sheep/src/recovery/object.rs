@@ -480,6 +480,9 @@ impl Hunt<'_> {
         let view = sheep.views.load();
         let size = sheep.size_of(self.oid, &view);
         let mut request = self.request(Opcode::READ_PEER, epoch).flag(Flags::RECOVERY).length(size as usize);
+        if epoch == Epoch(0) {
+            request = request.flag(Flags::WILDCARD);
+        }
         if self.active.round.wildcard {
             request = request.flag(Flags::WILDCARD);
             tracing::debug!("doing wildcard recovery: at epoch {epoch}, object {}, from {home}", self.oid);

@@ -302,9 +302,7 @@ impl Recovery {
         let _ = done.await;
         false
     }
-}
 
-impl Recovery {
     /// The running round, if this node's replica of an object is not there and may be when it was recovered.
     fn awaits(&self, sheep: &Sheep, oid: Oid, view: &View) -> Option<Arc<Active>> {
         let active = self.current.lock().clone()?;
